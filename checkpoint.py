@@ -1,0 +1,86 @@
+"""
+Is this folder a whole checkpoint? Every name, shape and file size is compared before any weight is read.
+
+`check_folder` reads config.json, the index and the headers of the safetensors files (8 bytes of length, JSON, data;
+https://github.com/huggingface/safetensors), and raises ValueError or FileNotFoundError saying what was found, what was
+expected and how to mend it. No weight is loaded and no code of the folder is run.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
+
+
+def check_folder(folder: str | Path) -> OpenVLAConfig:
+    """Raise if `OpenVLA.from_pretrained(folder)` could not load; else the model's config."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    if not (folder / "config.json").is_file():
+        hint = "; convert_weights.py turns .pt checkpoints into this layout" if list(folder.rglob("*.pt")) else ""
+        raise FileNotFoundError(f"{folder}: not a checkpoint in Hugging Face layout, it has no config.json{hint}")
+    try:
+        config = OpenVLAConfig.from_dict(read_config(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: config.json or dataset_statistics.json cannot be used ({error})") from None
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in OpenVLA(config).state_dict().items()}
+    for path in weight_files(folder):
+        for name, shape in read_header(path).items():
+            if is_unused(name, config):
+                continue
+            if name not in expected:
+                raise ValueError(f"{path}: unexpected tensor {name} {shape}; config.json describes another model")
+            if expected[name] != shape:
+                raise ValueError(f"{path}: tensor {name} has shape {shape}, config.json makes it {expected[name]}")
+            del expected[name]
+    if expected:
+        raise ValueError(
+            f"{folder}: {len(expected)} tensors are in no weight file, the first is {next(iter(expected))}"
+        )
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, or model.safetensors."""
+    names = {"model.safetensors"}
+    if (folder / INDEX).is_file():
+        refuse_pointer(folder / INDEX)
+        try:
+            names = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{folder / INDEX}: not an index of weight files ({error!r}); get it again") from None
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            by = f"named by {INDEX}" if (folder / INDEX).is_file() else f"and there is no {INDEX}"
+            raise FileNotFoundError(f"{folder / name}: weight file missing, {by}; download it again")
+    return [folder / name for name in sorted(names)]
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a safetensors file. ValueError if the file is not whole."""
+    refuse_pointer(path)
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if 8 + length > size:
+            raise ValueError(f"{path}: cut off or no safetensors file, {size:,} bytes; download it again")
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            shapes = {name: tuple(t["shape"]) for name, t in header.items()}
+            end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: no safetensors file, its header cannot be read; download it again") from None
+    if size != end:
+        raise ValueError(f"{path}: {size:,} bytes where {end:,} are expected; download it again")
+    return shapes
+
+
+def refuse_pointer(path: Path):
+    with open(path, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")

@@ -1,0 +1,173 @@
+"""
+One picture and one instruction in, one robot action out.
+
+    python sample.py --checkpoint openvla-7b --image kitchen.jpg --instruction "put the spoon on the towel" \\
+        --unnorm_key bridge_orig
+
+Several pictures with one instruction, or as many instructions as pictures, are run as a batch. From Python:
+`policy = load(folder)`, then `predict_action(policy, images, instructions, unnorm_key)`.
+
+Axes: B batch, A dimensions of an action.
+"""
+
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import check_folder
+from configurator import configure, fail
+from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
+from model import OpenVLA, OpenVLAConfig
+from tokenizer import PAD, Tokenizer, decode_action, is_action_id, pad_sequences, prompt_for, unnormalize
+
+NO_CHECKPOINT = """no checkpoint. The released weights are on Hugging Face: `git lfs install`, then
+`git clone https://huggingface.co/openvla/openvla-7b` (15 GB) and `--checkpoint openvla-7b`."""
+UNITS = [("dx", "m"), ("dy", "m"), ("dz", "m"), ("droll", "rad"), ("dpitch", "rad"), ("dyaw", "rad"), ("gripper", "")]
+
+
+@dataclass
+class Config:
+    checkpoint: str = ""  # folder in Hugging Face layout: openvla-7b, a fine-tuned model, runs/.../checkpoint
+    image: tuple[str, ...] = ()  # picture files, one or more
+    instruction: tuple[str, ...] = ()  # one for all pictures, or one for each; put it in quotes
+    unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # bfloat16, float32, float16; auto: bfloat16 on cuda, else as the weights are stored
+    center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint was trained
+    json: bool = False  # print one JSON line
+
+
+@dataclass
+class Policy:
+    """All that turns pictures and words into actions. norm_stats: unnorm_key -> {"action": {"q01", "q99", "mask"}}."""
+
+    model: OpenVLA
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    norm_stats: dict
+    checkpoint: str
+
+
+def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", progress=lambda names: names) -> Policy:
+    """
+    Folder -> Policy. dtype None: as stored on the CPU, else bfloat16. Raises ValueError or FileNotFoundError, with
+    the file and the remedy, before any weight is read.
+    """
+    config = check_folder(checkpoint)
+    tokenizer = Tokenizer(checkpoint, prompt_for(config.extra))
+    processor = ImageProcessor.from_pretrained(checkpoint)
+    stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
+    dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
+    model = OpenVLA.from_pretrained(checkpoint, dtype, device, progress)
+    return Policy(model, tokenizer, processor, config.extra["norm_stats"], str(checkpoint))
+
+
+def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
+    """The statistics of one dataset. Raises ValueError, listing the keys, if it is unknown or left open."""
+    keys = sorted(norm_stats)
+    if not keys:
+        raise ValueError(f"{checkpoint}: no action statistics; put the dataset_statistics.json beside the weights")
+    if not unnorm_key and len(keys) == 1:
+        unnorm_key = keys[0]
+    if unnorm_key not in keys:
+        what = f"unknown unnorm_key {unnorm_key!r}" if unnorm_key else "several datasets and no unnorm_key"
+        raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
+    return norm_stats[unnorm_key]["action"]
+
+
+def prepare(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
+    """Anything `to_rgb` takes -> (size, size, 3) uint8, by the same steps as the pictures this model learned from."""
+    image, done = to_rgb(image), policy.processor.trained_on
+    if "lanczos3" in done:
+        image = resize_lanczos3(image, policy.processor.size)
+    image = policy.processor.resize(image)
+    return center_crop(image) if crop or (crop is None and "center_crop" in done) else image
+
+
+def predict_tokens(policy: Policy, images, instructions: list[str], num_tokens: int, crop: bool | None = None):
+    """Pictures and instructions (B each) -> action ids (B, num_tokens) int64, on the CPU."""
+    if len(images) != len(instructions) or not len(images):
+        raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions: they must be as many, and some")
+    weight = policy.model.language_model.lm_head.weight
+    pixels = torch.from_numpy(np.stack([prepare(policy, image, crop) for image in images])).to(weight.device)
+    input_ids, lengths = pad_sequences([policy.tokenizer.encode_prompt(text) for text in instructions], PAD)
+    mixed = bool((lengths != lengths[0]).any())
+    tokens, _ = policy.model.generate(
+        input_ids.to(weight.device),
+        policy.processor.normalize(pixels).to(weight.dtype),
+        num_tokens,
+        lengths.to(weight.device) if mixed else None,
+    )
+    return tokens.cpu()
+
+
+def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", crop: bool | None = None) -> np.ndarray:
+    """
+    images: B paths, PIL images or (H, W, 3) uint8 arrays; instructions: B texts, or one for all. Returns (B, A)
+    float64 in the robot's units (metres, radians; gripper 1 open, 0 closed). crop: show only the middle 90 % (None: as
+    the checkpoint says). Warns when the model wrote a token that is no action. Raises ValueError for bad input.
+    """
+    instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
+    stats = action_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
+    tokens = predict_tokens(policy, images, instructions, len(stats["q01"]), crop).numpy()
+    if not is_action_id(tokens).all():
+        warnings.warn(f"not an action: the model wrote ids {tokens.tolist()}; is it trained for robots?", stacklevel=2)
+    return unnormalize(decode_action(tokens), stats)
+
+
+def check_length(config: OpenVLAConfig, prompt_ids: list[int], stats: dict):
+    """Raise ValueError if picture, prompt and action do not fit into the model's context."""
+    patches = (config.vision[0].img_size // config.vision[0].patch_size) ** 2
+    total, limit = patches + len(prompt_ids) + len(stats["q01"]), config.text.max_position_embeddings
+    if total > limit:
+        raise ValueError(f"the instruction makes {total} tokens with picture and action, the context has {limit}")
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda, mps or cpu, whichever is there first."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def main(cfg: Config):
+    if not cfg.checkpoint:
+        fail(NO_CHECKPOINT)
+    if not cfg.image or not cfg.instruction or len(cfg.instruction) not in (1, len(cfg.image)):
+        fail("give --image and --instruction (in quotes): one instruction for all pictures, or one for each")
+    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
+        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
+    start = time.perf_counter()
+    try:
+        images = [to_rgb(path) for path in cfg.image]
+        texts = list(cfg.instruction) * (len(images) if len(cfg.instruction) == 1 else 1)
+        config = check_folder(cfg.checkpoint)
+        stats = action_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
+        for text in texts:
+            check_length(config, Tokenizer(cfg.checkpoint, prompt_for(config.extra)).encode_prompt(text), stats)
+        device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+        policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
+        loaded = time.perf_counter()
+        actions = predict_action(policy, images, texts, cfg.unnorm_key, cfg.center_crop)
+    except (ValueError, OSError) as error:
+        fail(error)
+    seconds = dict(load=round(loaded - start, 2), act=round(time.perf_counter() - loaded, 2))
+    if cfg.json:
+        print(json.dumps(dict(actions=actions.tolist(), unnorm_key=cfg.unnorm_key, device=device, seconds=seconds)))
+        return
+    names = UNITS if len(stats["q01"]) == len(UNITS) else [(f"a{i}", "") for i in range(len(stats["q01"]))]
+    for path, text, action in zip(cfg.image, texts, actions, strict=True):
+        print(f"{Path(path).name}: {text}")
+        for (name, unit), value in zip(names, action, strict=True):
+            print(f"  {name:8s} {value:+.6f} {unit}")
+    print(f"loaded in {seconds['load']} s, acted in {seconds['act']} s on {device}")
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,123 @@
+"""Prompts, ids, bins and normalisation against the official tokenizer, action tokenizer and data pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from common import GOLDENS, shared
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokenizer as T
+
+
+@pytest.fixture(scope="module")
+def llama():
+    path = shared("data/llama2-tokenizer/tokenizer.model")
+    return {"pure": T.Tokenizer(path), "vicuna": T.Tokenizer(path.parent, T.PROMPT_VICUNA)}
+
+
+def test_all_prompt_cases(llama):
+    cases = json.loads((GOLDENS / "prompts.json").read_text())["examples"]
+    assert len(cases) == 44
+    for case in cases:
+        for kind, tokenizer in llama.items():
+            want = case[kind]
+            assert tokenizer.encode(want["prompt"]) == want["input_ids"], case["instruction"]
+            assert tokenizer.encode_prompt(case["instruction"]) == want["input_ids_predict_action"]
+            ids, labels = tokenizer.encode_example(case["instruction"], case["action"])
+            first = want["train_first_label_index"]
+            assert ids.tolist() == want["train_input_ids"]
+            assert labels.tolist() == [-100] * first + want["train_labels_tail"]
+
+
+def test_collated_batch(llama):
+    prompts = json.loads((GOLDENS / "prompts.json").read_text())
+    examples = [prompts["examples"][i] for i in prompts["collated"]["indices"]]
+    pairs = [llama["pure"].encode_example(e["instruction"], e["action"]) for e in examples]
+    ids, lengths = T.pad_sequences([p[0] for p in pairs], T.PAD)
+    labels, _ = T.pad_sequences([p[1] for p in pairs], T.IGNORE_INDEX)
+    assert ids.tolist() == prompts["collated"]["input_ids"] and labels.tolist() == prompts["collated"]["labels"]
+    assert lengths.tolist() == [sum(row) for row in prompts["collated"]["attention_mask"]]
+
+
+@given(st.text(alphabet=st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁"), max_size=40))
+def test_text_round_trip(text):
+    tokenizer = T.Tokenizer(shared("data/llama2-tokenizer/tokenizer.model"))
+    if not any(special in text for special in ("<unk>", "<s>", "</s>", "<PAD>")):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_all_action_token_cases():
+    cases = json.loads((GOLDENS / "action_tokenizer.json").read_text())
+    for case in cases["values"]:
+        value = getattr(np, case["dtype"])(case["value"])
+        assert T.encode_action(value) == case["token_id"] == T.encode_action(torch.tensor(value))
+        assert T.decode_action(np.int64(case["token_id"])) == pytest.approx(case["decoded"], abs=1e-15)
+    for case in cases["bin_edges"]:
+        edge = case["edge"]
+        for key, value in {
+            "minus": np.nextafter(edge, -2), "exact": np.float64(edge), "plus": np.nextafter(edge, 2),
+            "minus_1e-6": edge - 1e-6, "plus_1e-6": edge + 1e-6, "float32_exact": np.float32(edge),
+        }.items():  # fmt: skip
+            assert T.encode_action(value) == case[key] == T.encode_action(torch.tensor(value, dtype=torch.float32 if
+                key == "float32_exact" else torch.float64)), (key, edge)  # fmt: skip
+    ids = np.arange(cases["decode_ids"]["first"], cases["decode_ids"]["last"] + 1)
+    for values in (T.decode_action(ids), T.decode_action(torch.from_numpy(ids)).numpy()):
+        np.testing.assert_allclose(values, cases["decode_ids"]["decoded"], atol=1e-15)
+    for token, value in cases["decode_special"]:
+        assert T.decode_action(np.int64(token)) == pytest.approx(value, abs=1e-15)
+    np.testing.assert_allclose(T.CENTERS, cases["bin_centers"], atol=1e-15)
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=14))
+def test_action_round_trip(values):
+    ids = T.encode_action(np.array(values))
+    back = T.decode_action(ids)
+    assert T.is_action_id(ids).all()
+    assert np.abs(back - np.clip(values, -1, 1)).max() <= 1 / 255 + 1e-12
+    assert (np.abs(T.encode_action(back) - ids) <= 1).all()  # 256 ids share 255 centres
+    assert torch.equal(T.encode_action(torch.tensor(values, dtype=torch.float64)), torch.from_numpy(ids))
+
+
+def test_normalisation_fixtures():
+    fixture = np.load(shared("facts/pipeline_fixtures/normalization.npz"))
+    for kind in ("action", "proprio"):
+        keys = ("mean", "std", "max", "min", "q01", "q99", "mask")
+        stats = {k: fixture[f"{kind}::{k}"] for k in keys if f"{kind}::{k}" in fixture}
+        for scheme in ("normal", "bounds", "bounds_q99"):
+            out = T.normalize(fixture["x"], stats, scheme)
+            assert np.array_equal(out, fixture[f"out_{kind}_{scheme}"]), (kind, scheme)
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3))
+def test_unnormalise_inverts_normalise(y):
+    stats = dict(q01=[-2.0, 0.1, 0.0], q99=[3.0, 0.2, 1.0], min=[-3, 0, 0], max=[4, 1, 1], mask=[True, True, False])
+    x = T.unnormalize(np.array(y), stats)
+    assert x.dtype == np.float64 and x[2] == y[2]
+    np.testing.assert_allclose(T.normalize(x, stats), y, atol=2e-6)
+
+
+def test_inputs_are_not_changed():
+    x, stats = np.array([[5.0, 0.5]], np.float32), dict(q01=[0.0, 0.0], q99=[1.0, 1.0], min=[0, 0], max=[9, 1])
+    before = x.copy()
+    T.normalize(x, stats), T.unnormalize(x, stats), T.encode_action(x)
+    assert np.array_equal(x, before)
+
+
+def test_prompt_is_chosen_by_the_config():
+    assert T.prompt_for({"llm_backbone_id": "vicuna-v15-7b"}) == T.PROMPT_VICUNA
+    assert T.prompt_for({"hf_llm_id": "meta-llama/Llama-2-7b-hf"}) == T.PROMPT
+    assert T.prompt_for({}) == T.PROMPT
+
+
+def test_not_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.model"):
+        T.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        T.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        T.Tokenizer(tmp_path)

@@ -1,0 +1,429 @@
+"""
+Train an OpenVLA: one process on one device, or many under torchrun. The whole loop is in `train`, top to bottom.
+
+    python train.py                                                        # the toy world, whole job, CPU, minutes
+    python train.py --config bridge.py --data_root_dir DIR --base_checkpoint openvla-7b
+    torchrun --nproc-per-node 8 train.py --config bridge.py --data_root_dir DIR --base_checkpoint openvla-7b
+
+A run folder holds metrics.jsonl, config.json, checkpoints/step-NNNNNN (to resume: weights, optimizer, step, RNG) and
+checkpoint/ (Hugging Face layout, for sample.py and the official code). The same command again resumes the run.
+
+OpenVLA section 3.4, https://arxiv.org/abs/2406.09246; vla-scripts/train.py of github.com/openvla/openvla.
+Sharding: FSDP2, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
+Axes: B batch, n trained positions, V ids.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+from checkpoint import check_folder
+from configurator import configure, fail
+from data import Mixture, Positions, make_loader, open_mixture, warn_constant
+from image import ImageProcessor
+from metrics import Log, Window, plot_curves, total
+from model import OpenVLA, OpenVLAConfig, write_atomically, write_json
+from tokenizer import PAD, Tokenizer, prompt_for
+
+
+@dataclass
+class Config:
+    # data
+    data_root_dir: str = ""  # folder with one RLDS folder per dataset
+    data_mix: Any = "bridge"  # mixture or dataset of oxe.py, or a list of (name or dataset object, weight)
+    image_aug: bool = True  # random 90 % crops and colours; the checkpoint then asks for centre crops
+    num_workers: int = 2  # processes that read and decode
+    skip_bad_records: bool = False  # leave broken records out of the index and count them, instead of stopping
+    # model
+    base_checkpoint: str = ""  # folder in Hugging Face layout to start from
+    random_model: dict = field(default_factory=dict)  # or: the config.json of a model to start from random weights
+    tokenizer: str = ""  # tokenizer.model; "": that of the base checkpoint, or a stand-in for a random model
+    train_parts: str = "full"  # full, frozen_vision, last_layer (of the language model), sandwich (vision + last layer)
+    # optimization
+    batch_size: int = 256  # samples per step, over all processes
+    micro_batch_size: int = 32  # samples per process and forward pass; gradients are accumulated to batch_size
+    max_steps: int = 100_000
+    lr: float = 2e-5
+    schedule: str = "constant"  # constant, cosine (to 0 at max_steps), step (times 0.1 from decay_step on)
+    warmup_steps: int = 0  # linear, from 0
+    decay_step: int = 100_000
+    weight_decay: float = 0.0  # not on norms and biases
+    beta2: float = 0.999
+    grad_clip: float = 1.0  # norm of all gradients; 0: off
+    bf16: bool = True  # compute in bfloat16, keep weights and sum gradients in float32; off on the CPU
+    activation_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more compute
+    seed: int = 7
+    # run
+    run_dir: str = ""  # "": runs/ and the name of the data mix
+    resume: str = "auto"  # auto: the newest complete checkpoint of run_dir; never; or a step-NNNNNN folder
+    log_every: int = 10
+    save_every: int = 1000
+    keep_checkpoints: int = 2  # older ones are deleted
+    export_every_save: bool = False  # write checkpoint/ at each save, not only at the end
+    val_every: int = 0  # steps between looks at the validation split; 0: never
+    val_batches: int = 10
+    wandb: str = ""  # W&B project to log to
+    tensorboard: bool = False
+    toy_episodes: int = 0  # > 0: first make the toy world's demonstrations, afterwards evaluate in it (toy.py)
+    toy_scenes: int = 200  # unseen scenes of that evaluation
+
+
+# -----------------------------------------------------------------------------
+# Pieces
+
+
+def get_lr(step: int, cfg: Config) -> float:
+    """Learning rate of a step (0, 1, ...), from its number alone."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup_steps) / max(cfg.max_steps - cfg.warmup_steps, 1)
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return cfg.lr * (0.1 if cfg.schedule == "step" and step >= cfg.decay_step else 1.0)
+
+
+def freeze(model: OpenVLA, parts: str):
+    """Set requires_grad for one of the paper's ways to train (table 1; prismatic/models/vlms/prismatic.py)."""
+    language = model.language_model
+    last = (language.model.embed_tokens, language.model.layers[-1], language.lm_head)
+    trained = dict(
+        full=(model,),
+        frozen_vision=(model.projector, language),
+        last_layer=last,
+        sandwich=(model.vision_backbone, model.projector, *last),
+    )
+    model.requires_grad_(False)
+    for module in trained[parts]:
+        module.requires_grad_(True)
+
+
+def blocks_of(model: OpenVLA) -> list:
+    """The transformer blocks of both towers and of the language model."""
+    towers = [vit for vit in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer) if vit]
+    return [block for vit in towers for block in vit.blocks] + list(model.language_model.model.layers)
+
+
+def shard(model: OpenVLA, device: str, bf16: bool):
+    """FSDP2: spread weights, gradients and optimizer over all processes; hybrid when there are several nodes."""
+    world, per_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    nodes = world // per_node
+    shape, names = ((nodes, per_node), ("replicate", "shard")) if nodes > 1 else ((world,), ("shard",))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for block in blocks_of(model):
+        fully_shard(block, **options)
+    fully_shard(model.vision_backbone, **options)
+    fully_shard(model, **options)
+
+
+def build_optimizer(model: torch.nn.Module, cfg: Config, fused: bool) -> torch.optim.AdamW:
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in params if p.dim() > 1], weight_decay=cfg.weight_decay),
+        dict(params=[p for p in params if p.dim() <= 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=fused)
+
+
+def forward(model, batch: dict, processor: ImageProcessor, device: str):
+    """One batch of data.collate -> (logits (n, V), loss, labels (n,), dataset of each of the n positions)."""
+    images, ids, labels = (batch[k].to(device, non_blocking=True) for k in ("images", "input_ids", "labels"))
+    logits, loss = model(ids, processor.normalize(images[:, 0]), labels)
+    trained = labels[:, 1:] >= 0
+    which = batch["dataset"].to(device)[:, None].expand_as(trained)[trained]
+    return logits, loss, labels[:, 1:][trained], which
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def save(run: Path, step: int, model, optimizer, cfg: Config):
+    """checkpoints/step-NNNNNN, written beside and renamed when whole; then the oldest beyond keep_checkpoints go."""
+    final, work = run / "checkpoints" / f"step-{step:06d}", run / "checkpoints" / f".step-{step:06d}"
+    if main_process():
+        shutil.rmtree(work, ignore_errors=True)
+    barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work)
+    if main_process():
+        write_json(work / "train.json", {"step": step, "config": printable(cfg)})
+        shutil.rmtree(final, ignore_errors=True)
+        work.rename(final)
+        for old in complete_checkpoints(run)[: -cfg.keep_checkpoints]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/train.json"))
+
+
+def load(folder: Path, model, optimizer) -> int:
+    """Read a step-NNNNNN folder, saved by any number of processes, in place. Returns the number of steps done."""
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return json.loads((folder / "train.json").read_text())["step"]
+
+
+def export(folder: Path, model: OpenVLA, tokenizer: Tokenizer, processor: ImageProcessor, stats: dict, bf16: bool):
+    """The model in Hugging Face layout, with all that sample.py and the official classes need beside the weights."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, _ = get_state_dict(model, [], options=options)
+    if main_process():
+        with torch.device("meta"):
+            whole = OpenVLA(model.cfg)
+        whole.load_state_dict(weights, assign=True)
+        whole.unused, whole.cfg.extra = model.unused, {**model.cfg.extra, "norm_stats": stats}
+        for name, content in tokenizer.files().items():
+            write_atomically(folder / name, lambda tmp, content=content: tmp.write_bytes(content))
+        tokens = dict(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
+        write_json(folder / "generation_config.json", tokens)
+        write_json(folder / "preprocessor_config.json", processor.to_dict())
+        write_json(folder / "dataset_statistics.json", stats)
+        whole.save_pretrained(folder, torch.bfloat16 if bf16 else torch.float32)
+    barrier()
+
+
+def printable(cfg: Config) -> dict:
+    return {k: v if isinstance(v, str | int | float | bool | dict) else str(v) for k, v in asdict(cfg).items()}
+
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def main_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# -----------------------------------------------------------------------------
+# Preparation
+
+
+def check_config(cfg: Config, world: int, run: Path):
+    """Everything that can be found wrong before long work. Raises ValueError or OSError."""
+    choices = dict(
+        train_parts=("full", "frozen_vision", "last_layer", "sandwich"), schedule=("constant", "cosine", "step")
+    )
+    for key, known in choices.items():
+        if getattr(cfg, key) not in known:
+            raise ValueError(f"--{key} {getattr(cfg, key)!r} is none of {', '.join(known)}")
+    if cfg.batch_size % (cfg.micro_batch_size * world):
+        raise ValueError(
+            f"batch_size {cfg.batch_size} is no multiple of micro_batch_size {cfg.micro_batch_size} x {world} processes"
+        )
+    if not cfg.data_root_dir and isinstance(cfg.data_mix, str):
+        raise ValueError("--data_root_dir DIR is missing, the folder with the data; README.md says where to get some, "
+                         "`python train.py` alone makes its own and needs none")  # fmt: skip
+    if bool(cfg.base_checkpoint) == bool(cfg.random_model):
+        raise ValueError(
+            "give --base_checkpoint FOLDER, or a config file with a random_model (--config small.py), not both"
+        )
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomically(run / ".writable", lambda tmp: tmp.write_text(""))
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"--run_dir {run} cannot be written ({error}); choose another") from None
+
+
+def build(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
+    """Model (on the CPU), tokenizer and image processor of the base checkpoint, or new ones for random weights."""
+    if cfg.base_checkpoint:
+        config = check_folder(cfg.base_checkpoint)
+        tokenizer = Tokenizer(cfg.tokenizer or cfg.base_checkpoint, prompt_for(config.extra))
+        processor = ImageProcessor.from_pretrained(cfg.base_checkpoint)
+        stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
+        return OpenVLA.from_pretrained(cfg.base_checkpoint, stored), tokenizer, processor
+    config = OpenVLAConfig.from_dict(cfg.random_model)
+    if not cfg.tokenizer:  # a stand-in with Llama's layout; see toy.py
+        from toy import make_tokenizer
+
+        cfg.tokenizer = str(Path(cfg.run_dir) / "tokenizer.model")
+        make_tokenizer(cfg.tokenizer)
+    n = len(config.vision)
+    processor = ImageProcessor(
+        config.vision[0].img_size, means=ImageProcessor.means[-n:], stds=ImageProcessor.stds[-n:]
+    )
+    config.extra.setdefault("image_resize_strategy", processor.strategy)
+    return OpenVLA(config).init_weights(cfg.seed), Tokenizer(cfg.tokenizer, prompt_for(config.extra)), processor
+
+
+def check_disk(run: Path, model: OpenVLA, keep: int):
+    numbers = sum(p.numel() for p in model.parameters())
+    need, free = numbers * 12 * (keep + 1) + numbers * 4, shutil.disk_usage(run).free
+    if free < need:
+        raise OSError(
+            f"{run}: {keep + 1} checkpoints and the export need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
+        )
+
+
+# -----------------------------------------------------------------------------
+# The loop
+
+
+def train(cfg: Config) -> dict:
+    """Train as the config says. Returns the metrics of the last step. Raises ValueError or OSError for bad input."""
+    sharded = "RANK" in os.environ  # started by torchrun
+    cuda = torch.cuda.is_available()
+    if sharded and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    bf16 = cfg.bf16 and cuda
+    cfg.run_dir = cfg.run_dir or f"runs/{cfg.data_mix if isinstance(cfg.data_mix, str) else 'mine'}"
+    run = Path(cfg.run_dir)
+    check_config(cfg, world, run)
+
+    # data, model, optimizer
+    show = lambda files, title: tqdm(files, title, unit="file", leave=False, disable=not main_process())  # noqa: E731
+    if rank == 0:  # the index is made once; the others find it
+        open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records, progress=show)
+    barrier()
+    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records)
+    stats = {d.name: d.statistics for d, _ in parts}
+    model, tokenizer, processor = build(cfg)
+    check_disk(run, model, cfg.keep_checkpoints)
+    processor.trained_on = ("lanczos3", "center_crop") if cfg.image_aug else ("lanczos3",)
+    freeze(model, cfg.train_parts)
+    if cfg.activation_checkpointing:
+        for block in blocks_of(model):
+            block.forward = lambda *args, run_block=block.forward: recompute(run_block, *args, use_reentrant=False)
+    if sharded or cuda:
+        if not dist.is_initialized():  # one GPU: the same path, so float32 weights and bfloat16 compute
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        shard(model, "cuda" if cuda else "cpu", bf16)
+    model.float().train()
+    optimizer = build_optimizer(model, cfg, fused=cuda or not sharded)
+    step = 0
+    newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
+    if newest:
+        step = load(newest[0], model, optimizer)
+
+    mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug)
+    positions = Positions(cfg.batch_size, cfg.micro_batch_size, rank, world, step)
+    batches = iter(make_loader(mixture, positions, cfg.num_workers, pin_memory=cuda))
+    accumulate = cfg.batch_size // (cfg.micro_batch_size * world)
+    log = Log(run, cfg.max_steps, step, printable(cfg), cfg.wandb, cfg.tensorboard) if main_process() else None
+    stop = []
+    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    if main_process():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"{trained / 1e6:.1f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters train, "
+              f"{sum(map(len, mixture.datasets)):,} frames in {len(parts)} datasets, from step {step}")  # fmt: skip
+        for line in [line for name, s in stats.items() for line in warn_constant(name, s["action"])]:
+            print(f"warning: {line}")
+    metrics, window, started = {}, Window(len(parts), device), step
+    while step < cfg.max_steps and not stop:
+        torch.manual_seed(cfg.seed + step * world + rank)  # for dropout; data has its own order
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, cfg)
+        step_loss = torch.zeros((), device=device)
+        for micro in range(accumulate):
+            before = time.perf_counter()
+            batch = next(batches)
+            window.waited += time.perf_counter() - before
+            if sharded:
+                model.set_requires_gradient_sync(micro == accumulate - 1)
+            logits, loss, labels, which = forward(model, batch, processor, device)
+            (loss / accumulate).backward()
+            step_loss += loss.detach() / accumulate
+            window.add(batch, logits, labels, which)
+        window.losses.append(step_loss)
+        if not torch.isfinite(total(step_loss.clone())):
+            first = step * cfg.batch_size
+            raise ValueError(
+                f"the loss is not finite in step {step} (samples {first} to {first + cfg.batch_size - 1} of "
+                f"the stream, seed {cfg.seed}); stopped, {run / 'checkpoints'} keeps the last good state"
+            )
+        if cfg.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if log:
+            log.bar.update()
+        if sharded:  # all processes stop together
+            flag = total(torch.tensor(len(stop), device=device))
+            stop = stop or [signal.SIGTERM] * int(flag)
+        if step % cfg.log_every == 0 or step == cfg.max_steps:
+            metrics = {"step": step, "lr": get_lr(step - 1, cfg), **window.close(model, list(stats))}
+            window = Window(len(parts), device)
+            if cfg.val_every and step % cfg.val_every < cfg.log_every:
+                metrics |= validate(model, cfg, processor, tokenizer, device)
+            if log:
+                log.write(metrics)
+                plot_curves(run)
+        if step % cfg.save_every == 0 or step == cfg.max_steps or stop:
+            save(run, step, model, optimizer, cfg)
+            if cfg.export_every_save or step == cfg.max_steps:
+                export(run / "checkpoint", model, tokenizer, processor, stats, bf16)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if log:
+        log.close()
+    if stop and main_process():
+        print(f"stopped after step {step}; resume with: {' '.join([Path(sys.executable).name, *sys.argv])}")
+        raise SystemExit(130 if stop[0] == signal.SIGINT else 143)
+    if started == cfg.max_steps and main_process():
+        print(f"{run} is already trained to step {step}; raise --max_steps, or --resume never starts anew")
+    return metrics
+
+
+@torch.no_grad()
+def validate(model, cfg: Config, processor, tokenizer, device: str) -> dict:
+    """Loss and action metrics on the first frames of the validation split, the same ones each time."""
+    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, split="val")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    positions = Positions(cfg.micro_batch_size * world, cfg.micro_batch_size, rank, world)
+    window = Window(len(parts), device)
+    model.eval()
+    loader = make_loader(Mixture(parts, tokenizer, processor.size, cfg.seed), positions)
+    for batch, _ in zip(loader, range(cfg.val_batches), strict=False):
+        logits, loss, labels, which = forward(model, batch, processor, device)
+        window.losses.append(loss)
+        window.add(batch, logits, labels, which)
+    model.train()
+    metrics = window.close(model, [d.name for d, _ in parts])
+    return {f"val/{k}": v for k, v in metrics.items() if k.startswith(("loss", "action", "l1"))}
+
+
+def main(cfg: Config):
+    try:
+        train(cfg)
+    except (ValueError, OSError) as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(configure(Config, sys.argv[1:] or ["--config", "toy.py"]))
