@@ -153,12 +153,14 @@ class Mixture(Dataset):
 
     @lru_cache(maxsize=4)  # noqa: B019
     def block_order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Dataset and running number within it for each position of a block, shuffled."""
+        """Dataset and running number within it for each position of a block; datasets are shuffled."""
         before, after = self.counts(block), self.counts(block + 1)
         which = np.repeat(np.arange(len(before)), after - before)
-        number = np.concatenate([np.arange(a, b) for a, b in zip(before, after, strict=True)])
-        order = np.random.default_rng((self.seed, block)).permutation(len(which))
-        return which[order], number[order]
+        which = np.random.default_rng((self.seed, block)).permutation(which)
+        number = np.empty_like(which)
+        for d in range(len(before)):  # within a dataset the order is that of its epochs, see `shuffled`
+            number[which == d] = np.arange(before[d], after[d])
+        return which, number
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """Position in the stream -> (dataset number, frame number, epoch of that dataset)."""

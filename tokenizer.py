@@ -104,6 +104,30 @@ class Tokenizer:
         return np.array(prompt + answer), np.array([IGNORE_INDEX] * len(prompt) + answer)
 
 
+def make_standin(path: str | Path, words: tuple = ()):
+    """
+    Write a tokenizer.model with Llama-2's layout (32,000 pieces, bytes at 3 ... 258, the blank at 29871) that knows
+    only the prompt's words, `words`, letters and bytes: for toy worlds and tests, where Llama's own may not be given
+    away. Any text is encoded without loss; models trained with it need it.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    known = [f"▁{w}" for w in dict.fromkeys([*PROMPT.split("{")[0].split(), *words])] + ["Out:"]
+    texts = dict.fromkeys([*known, *(chr(c) for c in range(33, 127))])
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *texts]
+    pieces += [f"<unused{i}>" for i in range(len(pieces), VOCAB_SIZE)]
+    pieces[BLANK] = "▁"
+    model, Piece = pb.ModelProto(), pb.ModelProto.SentencePiece
+    for i, piece in enumerate(pieces):
+        kind = Piece.UNKNOWN if i == 0 else Piece.CONTROL if i < 3 else Piece.BYTE if i < 259 else Piece.NORMAL
+        score = -1.0 if piece in known else -10.0  # a whole word beats its letters
+        model.pieces.add(piece=piece, score=score, type=Piece.UNUSED if piece.startswith("<unused") else kind)
+    model.trainer_spec.MergeFrom(pb.TrainerSpec(model_type=1, vocab_size=VOCAB_SIZE, byte_fallback=True, pad_id=-1))
+    flags = dict(add_dummy_prefix=True, remove_extra_whitespaces=False, escape_whitespaces=True)
+    model.normalizer_spec.MergeFrom(pb.NormalizerSpec(name="identity", **flags))
+    Path(path).write_bytes(model.SerializeToString())
+
+
 def prompt_for(config: dict) -> str:
     """The prompt that a model was trained with, told from its config.json: Vicuna's for openvla-v01-7b."""
     llm = f"{config.get('llm_backbone_id', '')} {config.get('hf_llm_id', '')}".lower()

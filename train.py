@@ -39,7 +39,7 @@ from data import Mixture, Positions, make_loader, open_mixture, warn_constant
 from image import ImageProcessor
 from metrics import Log, Window, plot_curves, total
 from model import OpenVLA, OpenVLAConfig, write_atomically, write_json
-from tokenizer import PAD, Tokenizer, prompt_for
+from tokenizer import PAD, Tokenizer, make_standin, prompt_for
 
 
 @dataclass
@@ -244,6 +244,8 @@ def check_config(cfg: Config, world: int, run: Path):
         raise ValueError(
             "give --base_checkpoint FOLDER, or a config file with a random_model (--config small.py), not both"
         )
+    if not main_process():
+        return
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run / ".writable", lambda tmp: tmp.write_text(""))
@@ -261,11 +263,9 @@ def build(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
         stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
         return OpenVLA.from_pretrained(cfg.base_checkpoint, stored), tokenizer, processor
     config = OpenVLAConfig.from_dict(cfg.random_model)
-    if not cfg.tokenizer:  # a stand-in with Llama's layout; see toy.py
-        from toy import make_tokenizer
-
+    if not cfg.tokenizer:
         cfg.tokenizer = str(Path(cfg.run_dir) / "tokenizer.model")
-        make_tokenizer(cfg.tokenizer)
+        make_standin(cfg.tokenizer)
     n = len(config.vision)
     processor = ImageProcessor(
         config.vision[0].img_size, means=ImageProcessor.means[-n:], stds=ImageProcessor.stds[-n:]
@@ -380,9 +380,10 @@ def train(cfg: Config) -> dict:
                 metrics |= validate(model, cfg, processor, tokenizer, device)
             if log:
                 log.write(metrics)
-                plot_curves(run)
         if step % cfg.save_every == 0 or step == cfg.max_steps or stop:
             save(run, step, model, optimizer, cfg)
+            if log and metrics:
+                plot_curves(run)
             if cfg.export_every_save or step == cfg.max_steps:
                 export(run / "checkpoint", model, tokenizer, processor, stats, bf16)
     for number, handler in handlers.items():

@@ -16,6 +16,6 @@ micro_batch_size = 16
 lr = 1e-3
 schedule = "cosine"
 warmup_steps = 20
-max_steps = 500
+max_steps = 700
 image_aug = False
 activation_checkpointing = False

@@ -1,6 +1,8 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # several threads wait for each other where cores are shared; and bits stay the same
+)
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ def test_bfloat16(folders, models, name):
 
 
 def test_mask_is_obeyed(models):
-    """An explicit mask replaces the causal one: a bidirectional one lets the future in, a causal one changes nothing."""
+    """An explicit mask replaces the causal one: all-true lets the future in, a triangle changes nothing."""
     model = models["tiny-openvla"].language_model
     x = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
     causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]

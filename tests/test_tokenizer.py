@@ -121,3 +121,15 @@ def test_not_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         T.Tokenizer(tmp_path)
+
+
+def test_standin_has_llamas_layout(tmp_path):
+    """The stand-in tokenizer: one token per word, nothing lost on any other text, special places as in Llama's."""
+    T.make_standin(tmp_path / "tokenizer.model", ("pick", "up", "cube"))
+    tokenizer = T.Tokenizer(tmp_path)
+    ids = tokenizer.encode_prompt("Pick up the cube")
+    assert len(ids) == 1 + 8 + 4 + 3 + 1 and ids[0] == T.BOS and ids[-1] == T.BLANK  # words, "?", newline, "Out:"
+    assert T.Tokenizer(tmp_path).encode("\n")[-1] == 13
+    for text in ("pick up", "Zebra  über\n\tñ 漢字 🙂", " a", "x" * 50):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert not any(T.is_action_id(i) for i in tokenizer.encode(text))

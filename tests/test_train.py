@@ -1,0 +1,306 @@
+"""The training loop: equal to the official numbers, to itself when interrupted, and to itself on more processes."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from common import ROOT, golden, pixels
+from safetensors.torch import load_file
+
+import train
+from configurator import configure
+from model import OpenVLA
+from tokenizer import PAD, make_standin
+
+
+def test_loss_accuracy_and_l1_as_in_the_official_loop(models):
+    """The golden training batch through train.forward's counting: the official loss, action accuracy and L1."""
+    from metrics import count
+
+    model, (tensors, info) = models["tiny-openvla"], golden("tiny-openvla")
+    pixel_values = torch.cat([pixels(info, e) for e in info["examples"]])
+    labels = tensors["train/labels"]
+    logits, loss = model(tensors["train/input_ids"], pixel_values, labels)
+    assert loss.item() == pytest.approx(info["train"]["loss"], abs=1e-5)
+    trained = labels[:, 1:] >= 0
+    which = torch.arange(3)[:, None].expand_as(trained)[trained]
+    counts = count(logits, labels[:, 1:][trained], which, 3)
+    n, right, error = counts.sum(0).tolist()
+    assert n == 21 and counts[:, 0].tolist() == [7, 7, 7]
+    assert right / n == pytest.approx(info["train"]["action_accuracy"], abs=1e-6)
+    assert error / n == pytest.approx(info["train"]["action_l1_loss"], abs=1e-6)
+    assert PAD in tensors["train/input_ids"]  # padding was there to be ignored
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (dict(lr=1.0), {0: 1.0, 99: 1.0}),
+        (dict(lr=1.0, warmup_steps=4), {0: 0.25, 3: 1.0, 50: 1.0}),
+        (dict(lr=1.0, schedule="cosine", max_steps=100), {0: 1.0, 50: 0.5, 100: 0.0, 25: 0.853553390593}),
+        (dict(lr=1.0, schedule="cosine", warmup_steps=20, max_steps=120), {0: 0.05, 19: 1.0, 20: 1.0, 70: 0.5}),
+        (dict(lr=5e-4, schedule="step", decay_step=100), {99: 5e-4, 100: 5e-5}),
+        (dict(lr=5e-4, schedule="step", decay_step=100, warmup_steps=10), {0: 5e-5, 99: 5e-4, 100: 5e-5, 120: 5e-5}),
+    ],
+)
+def test_learning_rate(options, steps):
+    for step, lr in steps.items():
+        assert train.get_lr(step, train.Config(**options)) == pytest.approx(lr, abs=1e-12)
+
+
+@pytest.mark.parametrize("parts", ["full", "frozen_vision", "last_layer", "sandwich"])
+def test_frozen_parts_do_not_move_and_trained_ones_do(folders, parts):
+    tensors, info = golden("tiny-openvla")
+    model = OpenVLA.from_pretrained(folders["tiny-openvla"], torch.float32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train.freeze(model, parts)
+    optimizer = train.build_optimizer(model, train.Config(lr=1e-2), fused=True)
+    pixel_values = torch.cat([pixels(info, e) for e in info["examples"]])
+    model(tensors["train/input_ids"], pixel_values, tensors["train/labels"])[1].backward()
+    optimizer.step()
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    last = ("language_model.model.embed_tokens", "language_model.model.layers.2.", "language_model.lm_head")
+    expected = {
+        "full": lambda k: True,
+        "frozen_vision": lambda k: not k.startswith("vision_backbone"),
+        "last_layer": lambda k: k.startswith(last),
+        "sandwich": lambda k: k.startswith((*last, "vision_backbone", "projector")),
+    }[parts]
+    assert moved == {k for k in before if expected(k)}
+
+
+# ----------------------------------------------------------------------------- whole runs, on a toy of a model
+
+CONFIG = """
+import numpy as np
+
+from data import Samples
+
+_rng = np.random.default_rng(0)
+_rows = [
+    {
+        "image": _rng.integers(0, 255, (28, 28, 3), dtype=np.uint8),
+        "action": _rng.normal(size=7),
+        "instruction": f"do {i % 3}",
+    }
+    for i in range(24)
+]
+data_mix = [(Samples(_rows), 1.0)]
+random_model = {
+    "vision_configs": [dict(embed_dim=16, depth=3, num_heads=2, img_size=28, mlp_dim=32)] * 2,
+    "text_config": {
+        "vocab_size": 32064,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+}
+batch_size = 4
+micro_batch_size = 4
+lr = 3e-3
+warmup_steps = 2
+num_workers = 0
+log_every = 1
+max_steps = 6
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config file and gives the arguments for a run in tmp_path / name."""
+    (tmp_path / "c.py").write_text(CONFIG)
+    tokenizer = tmp_path / "tokenizer.model"
+    make_standin(tokenizer)
+
+    def arguments(name, *options):
+        return [
+            "--config",
+            str(tmp_path / "c.py"),
+            "--tokenizer",
+            str(tokenizer),
+            "--run_dir",
+            str(tmp_path / name),
+            *options,
+        ]
+
+    return arguments
+
+
+def run(argv, processes=1):
+    """A training run in processes of its own."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, str(ROOT / "train.py"), *argv]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return {k: v for p in (folder / "checkpoint").glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def train_here(argv):
+    return train.train(configure(train.Config, argv))
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return len(a) > 20 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_killed_at_any_point_and_resumed_equals_uninterrupted(config, tmp_path):
+    """SIGKILL somewhere after the first checkpoint, again and again: losses and weights are the same bits."""
+    train_here(config("whole"))
+    rng = random.Random()
+    for _ in range(2):
+        process = run(config("killed", "--save_every", "1"))
+        steps = tmp_path / "killed" / "checkpoints"
+        before = set(steps.glob("step-*"))
+        while process.poll() is None and set(steps.glob("step-*")) <= before:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.wait()
+    finished(run(config("killed", "--save_every", "1")))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert len(list(steps.glob("step-*"))) == 2  # the last two are kept
+
+
+def test_killed_while_saving_keeps_the_checkpoint_before(config, tmp_path, monkeypatch):
+    train_here(config("whole"))
+    real, calls = train.dcp.save, []
+
+    def save(state, checkpoint_id):
+        calls.append(checkpoint_id)
+        real(state, checkpoint_id=checkpoint_id)
+        if len(calls) == 3:
+            next(checkpoint_id.glob("*.distcp")).write_bytes(b"half of a fi")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.dcp, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(config("cut", "--save_every", "1"))
+    assert [p.name for p in train.complete_checkpoints(tmp_path / "cut")] == ["step-000001", "step-000002"]
+    train_here(config("cut", "--save_every", "1"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_accumulation_changes_nothing(config, tmp_path):
+    train_here(config("once"))
+    train_here(config("four", "--micro_batch_size", "1"))
+    assert losses(tmp_path / "once") == pytest.approx(losses(tmp_path / "four"), abs=1e-5)
+
+
+def test_two_processes_equal_one(config, tmp_path):
+    """Sharded over two processes, with accumulation; then the second half of the run on one process alone."""
+    train_here(config("one"))
+    finished(run(config("two", "--micro_batch_size", "1"), processes=2))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    for k, v in weights(tmp_path / "one").items():
+        torch.testing.assert_close(v, weights(tmp_path / "two")[k], atol=1e-4, rtol=0)
+    finished(run(config("half", "--micro_batch_size", "2", "--max_steps", "3"), processes=2))
+    train_here(config("half"))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "half"), abs=1e-5)
+
+
+def test_sigterm_saves_and_says_how_to_resume(config, tmp_path):
+    train_here(config("whole", "--max_steps", "400", "--log_every", "50"))
+    process = run(config("stopped", "--max_steps", "400", "--log_every", "50"))
+    while process.poll() is None and not (tmp_path / "stopped" / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "resume with: python" in out and "--run_dir" in out
+    train_here(config("stopped", "--max_steps", "400", "--log_every", "50"))
+    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_activation_checkpointing_and_validation_change_nothing(config, tmp_path):
+    train_here(config("plain", "--activation_checkpointing", "False"))
+    out = train_here(config("both", "--val_every", "2", "--val_batches", "2"))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "both"), abs=1e-6) and out["val/loss"] > 0
+
+
+def test_export_is_what_was_trained(config, tmp_path):
+    """sample.py on the export: the tokens of the trained model itself, at greedy decoding."""
+    import sample
+
+    train_here(config("run"))
+    policy = sample.load(tmp_path / "run" / "checkpoint")
+    assert policy.processor.trained_on == ("lanczos3", "center_crop") and list(policy.norm_stats) == ["mine"]
+    picture = np.full((28, 28, 3), 90, np.uint8)
+    assert sample.predict_action(policy, [picture], ["do 1"]).shape == (1, 7)
+    names = {p.name for p in (tmp_path / "run" / "checkpoint").iterdir()}
+    official = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"}
+    assert official | {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"} <= names
+
+
+def test_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    real, calls = train.forward, []
+
+    def forward(*args):
+        logits, loss, labels, which = real(*args)
+        calls.append(1)
+        return logits, loss * (torch.nan if len(calls) == 4 else 1), labels, which
+
+    monkeypatch.setattr(train, "forward", forward)
+    with pytest.raises(ValueError, match=r"not finite in step 3 \(samples 12 to 15 of the stream"):
+        train_here(config("nan", "--save_every", "2"))
+    assert [p.name for p in train.complete_checkpoints(tmp_path / "nan")] == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch_size", "6"], "batch_size 6 is no multiple of micro_batch_size 4 x 1 processes"),
+        (["--data_mix", "bridge"], "--data_root_dir DIR is missing"),
+        (["--data_mix", "bridge", "--data_root_dir", "nowhere"], "no RLDS dataset is in it"),
+        (["--data_mix", "brdge", "--data_root_dir", "nowhere"], "nearest: bridge"),
+        (["--train_parts", "half"], "--train_parts 'half' is none of full, frozen_vision"),
+        (["--base_checkpoint", "x"], "not both"),
+        (["--run_dir", "/proc/run"], "cannot be written"),
+        (["--wandb", "project"], "pip install wandb"),
+    ],
+)
+def test_errors_before_long_work(config, options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(configure(train.Config, [*config("run"), *options]))
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_not_enough_disk(config, capsys, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(SystemExit):
+        train.main(configure(train.Config, config("run")))
+    assert "the disk has 0.0" in capsys.readouterr().err
+
+
+def test_base_checkpoint_of_another_architecture(config, folders, tmp_path, capsys):
+    folder = shutil.copytree(folders["tiny-openvla"], tmp_path / "base")
+    text = json.loads((folder / "config.json").read_text())
+    text["text_config"]["num_hidden_layers"] = 4
+    (folder / "config.json").write_text(json.dumps(text))
+    argv = config("run", "--base_checkpoint", str(folder), "--random_model", "{}")
+    with pytest.raises(SystemExit):
+        train.main(configure(train.Config, argv))
+    assert "tensors are in no weight file" in capsys.readouterr().err
