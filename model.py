@@ -65,7 +65,7 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None  # None: as many as attention heads
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6  # Meta's Llama-2 has 1e-5, but the released OpenVLA was trained with this
+    rms_norm_eps: float = 1e-6  # Meta's Llama-2 has 1e-5, but the released config.json leaves it to this default
     rope_theta: float = 10000.0
 
 
@@ -92,11 +92,12 @@ class OpenVLAConfig:
 
     def to_dict(self) -> dict:
         """The content of a config.json that this code and the official classes read."""
-        n = len(self.vision)
-        hf = dict(model_type="openvla", architectures=["OpenVLAForActionPrediction"], n_action_bins=256)
+        n, hf = len(self.vision), dict(model_type="openvla", architectures=["OpenVLAForActionPrediction"])
         hf |= dict(arch_specifier=f"no-align+{'fused-' * (n == 2)}gelu-mlp", use_fused_vision_backbone=n == 2)
-        hf |= dict(timm_model_ids=list(TOWERS)[-n:], image_sizes=[v.img_size for v in self.vision], pad_token_id=32000)
-        hf |= self.extra | dict(text_config=dict(model_type="llama", pad_token_id=32000, **asdict(self.text)))
+        hf |= dict(vision_backbone_id=("siglip-vit-so400m", "dinosiglip-vit-so-224px")[n - 1], pad_token_id=32000)
+        hf |= dict(n_action_bins=256, llm_backbone_id="llama2-7b-pure", image_sizes=[v.img_size for v in self.vision])
+        text = dict(model_type="llama", pad_token_id=32000, **asdict(self.text))
+        hf |= {"timm_model_ids": list(TOWERS)[-n:], **self.extra, "text_config": text}
         released = self.vision == OpenVLAConfig.from_dict(hf).vision
         return hf if released else hf | dict(vision_configs=[asdict(v) for v in self.vision])
 
@@ -167,7 +168,7 @@ class ViT(nn.Module):
         x = torch.cat([*prefix, x], dim=1)  # (B, 5 + N, D) for DINOv2
         for block in self.blocks:
             x = block(x)
-        return x[:, self.num_prefix_tokens :]  # (B, N, D)
+        return x[:, self.num_prefix_tokens :]
 
 
 class VisionBackbone(nn.Module):
@@ -298,9 +299,9 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, room: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer a key and a value buffer (batch, K, room, C)."""
-        weight, attn = self.model.embed_tokens.weight, self.model.layers[0].self_attn
+        attn, new = self.model.layers[0].self_attn, self.lm_head.weight.new_empty
         shape = (batch, attn.num_kv_heads, room, attn.head_dim)
-        return [tuple(weight.new_empty(shape) for _ in range(2)) for _ in self.model.layers]
+        return [(new(shape), new(shape)) for _ in self.model.layers]
 
 
 # -----------------------------------------------------------------------------
@@ -353,7 +354,7 @@ class OpenVLA(nn.Module):
         </s>: an action has a fixed number of tokens. Raises ValueError if the context is too short.
         """
         x = self.embed(input_ids, pixel_values)  # (B, S, D)
-        B, S, _ = x.shape
+        B, S = x.shape[:2]
         if S + max_new_tokens > (limit := self.cfg.text.max_position_embeddings):
             raise ValueError(f"prompt too long: {S} tokens with the image and {max_new_tokens} new, of {limit} at most")
         ends = torch.full((B,), S, device=x.device) if lengths is None else S - input_ids.shape[1] + lengths
@@ -400,18 +401,17 @@ class OpenVLA(nn.Module):
         """
         tensors, shards, room = self.state_dict() | self.unused, [], 0
         for name, tensor in tensors.items():
-            nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-            if nbytes > room:
-                shards, room = [*shards, []], SHARD_BYTES
+            room -= (nbytes := tensor.numel() * (dtype or tensor.dtype).itemsize)
+            if room < 0:
+                shards, room = [*shards, []], SHARD_BYTES - nbytes
             shards[-1].append(name)
-            room -= nbytes
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, names in zip(files, shards, strict=True):
+        files = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+        for file, names in files.items():
             part = {k: tensors[k].detach().to("cpu", None if k in self.unused else dtype).contiguous() for k in names}
             write_atomically(Path(folder) / file, lambda tmp, part=part: save_file(part, tmp, {"format": "pt"}))
-        saved = str(dtype or next(self.parameters()).dtype).removeprefix("torch.")
-        write_json(Path(folder) / "config.json", self.cfg.to_dict() | {"torch_dtype": saved})
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        saved = {"torch_dtype": str(dtype or next(self.parameters()).dtype).removeprefix("torch.")}
+        write_json(Path(folder) / "config.json", self.cfg.to_dict() | saved)
+        where = {name: file for file, names in files.items() for name in names}
         write_json(Path(folder) / INDEX, {"metadata": {}, "weight_map": where})
 
 
