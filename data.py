@@ -19,6 +19,8 @@ openvla. Differences from it, and why, are a table in README.md.
 Axes: B batch, V views, H height, W width, T steps of an episode, K steps of an action chunk, A action dimensions.
 """
 
+import os
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -260,12 +262,20 @@ class Positions:
 
 
 def make_loader(mixture: Mixture, positions: Positions, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """Batches in the order of `positions`, whatever the number of workers, which are forked from a server that has no
-    CUDA and no threads."""
+    """
+    Batches in the order of `positions`, whatever the number of workers. These are forked from a server process, which
+    has neither CUDA nor threads; or from this one, if a dataset's class lives in a config file and cannot be sent.
+    """
     context = None
     if num_workers:
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data"])
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read by the workers: a core each, no more
+            os.environ.setdefault(name, "1")
+        try:
+            pickle.dumps([type(getattr(d, "samples", d)) for d in mixture.datasets])
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["data"])
+        except (pickle.PicklingError, AttributeError):
+            context = torch.multiprocessing.get_context("fork")
     options = dict(num_workers=num_workers, multiprocessing_context=context, pin_memory=pin_memory)
     return DataLoader(mixture, batch_sampler=positions, collate_fn=collate, **options)
 

@@ -269,17 +269,16 @@ def jitter(x: np.ndarray, brightness: float, contrast: float, saturation: float,
     x = (x + f32(brightness)).clip(0, 1)
     mean = x.mean(axis=(1, 2), keepdims=True)
     x = ((x - mean) * f32(contrast) + mean).clip(0, 1)
-    value = x.max(axis=0)  # (H, W); HSV keeps it in both steps that follow
-    chroma = value - x.min(axis=0)
-    # Saturation chroma / value times the factor, at most 1: the distance of each channel from `value` grows alike.
-    gain = np.minimum(f32(saturation), value / np.maximum(chroma, f32(1e-8)))
-    x, chroma = value - (value - x) * gain, chroma * gain
     r, g, b = x
+    value = np.maximum(np.maximum(r, g), b)  # (H, W); HSV keeps it in both steps that follow
+    chroma = value - np.minimum(np.minimum(r, g), b)
     safe = np.maximum(chroma, f32(1e-8))
-    turn = np.where(value == r, (g - b) / safe, np.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    turn += f32(6 * (hue + 1))  # sixths of the colour circle, from red over yellow; kept positive
+    turn = np.where(value == r, (g - b) / safe, np.where(value == g, (b - r) / safe + f32(2), (r - g) / safe + f32(4)))
+    turn += f32(6 * hue)  # sixths of the colour circle, from red over yellow
+    chroma *= np.minimum(f32(saturation), value / safe)  # saturation chroma / value grows to 1 at most
     out = np.empty_like(x)
     for channel, start in enumerate((5, 3, 1)):
-        k = (turn + start) % 6
-        out[channel] = value - chroma * np.minimum(k, 4 - k).clip(0, 1)
+        k = turn + f32(start)
+        k -= f32(6) * (k >= 6)  # faster than a modulo
+        out[channel] = value - chroma * np.minimum(k, f32(4) - k).clip(0, 1)
     return out.clip(0, 1)

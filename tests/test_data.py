@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from common import ROOT, shared
 import data
 import oxe
 import rlds
+from configurator import configure
 from data import Mixture, Positions, Samples, chunk, collate, make_loader, open_mixture, shuffled
 from image import decode, resize_lanczos3
 from tokenizer import Tokenizer, normalize
@@ -210,6 +212,36 @@ def test_a_row_of_my_own(tmp_path, llama):
     assert len(mine) == 200 and mine[0]["proprio"].shape == (7,)
     sample = Mixture([(mine, 1.0)], llama, image_size=28).sample(0, 3)
     assert sample["images"].shape == (1, 28, 28, 3)
+
+
+def readme_config(words: str) -> str:
+    """The Python block of README.md that has these words in it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    return next(block for block in blocks if words in block)
+
+
+def test_own_data_as_in_the_readme(tmp_path, monkeypatch, llama):
+    """Both examples work as pasted into a config file, with workers too."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recordings").mkdir()
+    rng = np.random.default_rng(0)
+    arrays = dict(image=rng.integers(0, 255, (6, 20, 30, 3), dtype=np.uint8), action=rng.normal(size=(6, 7)))
+    np.savez(tmp_path / "recordings" / "episodes.npz", **arrays, instruction=["go left"] * 6)
+    (tmp_path / "c.py").write_text(readme_config("Recordings"))
+    cfg = configure(train.Config, ["--config", "c.py"])
+    batches = stream(open_mixture("", cfg.data_mix), llama, workers=2, steps=1)
+    assert len(batches) == 2 and batches[0]["images"].shape == (4, 1, 28, 28, 3)
+
+    shutil.copytree(shared("data/bridge_orig"), tmp_path / "my_robot")
+    row = readme_config("oxe.Dataset(").replace("front_camera", "image_1").replace("joints", "state")
+    assert len(row.splitlines()) <= 10
+    (tmp_path / "d.py").write_text(row)
+    cfg = configure(train.Config, ["--config", "d.py"])
+    dataset = open_mixture(tmp_path, cfg.data_mix)[0][0]
+    del oxe.DATASETS["my_robot"]
+    assert len(dataset) == 250 and dataset[0]["proprio"].shape == (7,)  # nothing is dropped or relabelled
 
 
 def test_several_cameras_proprio_and_chunks(llama):
