@@ -55,6 +55,7 @@ class Config:
     random_model: dict = field(default_factory=dict)  # or: the config.json of a model to start from random weights
     tokenizer: str = ""  # tokenizer.model; "": that of the base checkpoint, or a stand-in for a random model
     train_parts: str = "full"  # full, frozen_vision, last_layer (of the language model), sandwich (vision + last layer)
+    words: tuple[str, ...] = ()  # that the stand-in tokenizer knows as a whole; it spells all others
     # optimization
     batch_size: int = 256  # samples per step, over all processes
     micro_batch_size: int = 32  # samples per process and forward pass; gradients are accumulated to batch_size
@@ -265,7 +266,7 @@ def build(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     config = OpenVLAConfig.from_dict(cfg.random_model)
     if not cfg.tokenizer:
         cfg.tokenizer = str(Path(cfg.run_dir) / "tokenizer.model")
-        make_standin(cfg.tokenizer)
+        make_standin(cfg.tokenizer, cfg.words)
     n = len(config.vision)
     processor = ImageProcessor(
         config.vision[0].img_size, means=ImageProcessor.means[-n:], stds=ImageProcessor.stds[-n:]
@@ -417,8 +418,23 @@ def validate(model, cfg: Config, processor, tokenizer, device: str) -> dict:
 
 
 def main(cfg: Config):
+    start = time.perf_counter()
     try:
+        if not cfg.toy_episodes:
+            train(cfg)
+            return
+        import play
+        import sample
+        import toy
+
+        cfg.run_dir = cfg.run_dir or "runs/toy"
+        if not (Path(cfg.data_root_dir) / "toy").is_dir():
+            splits = dict(train=toy.demonstrations(toy.TRAIN, cfg.toy_episodes), val=toy.demonstrations(toy.VAL, 20))
+            print(f"{cfg.toy_episodes} demonstrations in {toy.write_rlds(cfg.data_root_dir, splits)}")
         train(cfg)
+        result = play.evaluate(sample.load(f"{cfg.run_dir}/checkpoint"), cfg.toy_scenes, Path(cfg.run_dir))
+        with open(Path(cfg.run_dir) / "metrics.jsonl", "a") as f:
+            f.write(json.dumps({**result, "wall_seconds": time.perf_counter() - start}) + "\n")
     except (ValueError, OSError) as error:
         fail(error)
     finally:
