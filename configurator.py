@@ -56,8 +56,8 @@ def configure(cls, argv: list[str] | None = None):
 
 
 def read_config_file(name: str) -> dict:
-    """What a config file assigns. Looked for as given, then in the folder configs/ beside this file."""
-    path = next((p for p in (Path(name), Path(__file__).parent / "configs" / name) if p.is_file()), None)
+    """What a config file assigns. Looked for in the folder configs/ beside this file, then as given."""
+    path = next((p for p in (Path(__file__).parent / "configs" / name, Path(name)) if p.is_file()), None)
     if path is None:
         known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.py"))
         fail(f"--config {name}: no such file here or in configs/, which has {', '.join(known)}")

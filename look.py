@@ -54,15 +54,15 @@ def look(dataset, weight: float, out: str | Path):
     keys = ("min", "q01", "mean", "q99", "max")
     print("  action        " + "".join(f"{key:>11}" for key in (*keys, "idle")))
     for i, name in enumerate(names):
-        print(f"    {name:<12}" + "".join(f"{stats[k][i]:>11.4g}" for k in keys) + f"{still[:, i].mean():>11.1%}")
+        share = "-" if episodes is None and dataset.absolute_mask[i] else f"{still[:, i].mean():.1%}"  # -: not known
+        print(f"    {name:<12}" + "".join(f"{stats[k][i]:>11.4g}" for k in keys) + f"{share:>11}")
     if names[-1] == "gripper":
         x = actions[:, -1]
         for n, low in zip(*np.histogram(x, 10, (min(0, x.min()), max(1, x.max()))), strict=False):
             print(f"  gripper from {low:5.2f} {n / len(x):6.1%} {'#' * round(40 * n / len(x))}".rstrip())
-    idle = still.all(axis=1).mean()
-    print(f"  idle          {idle:.1%} of the steps move nothing")
+    print(f"  idle          {(idle := still.all(axis=1).mean()):.1%} of the steps move nothing")
     lines = warnings(dataset, idle, lengths, silent) + broken
-    print("\n".join(f"  warning       {line}" for line in lines) or "  nothing to warn of")
+    print("\n".join(f"  warning       {line}" for line in lines) or "  no warning")
     print(f"  pictures      {path}-frames.png, {path}-actions.png\n")
 
 
@@ -150,7 +150,7 @@ def draw_actions(path: str, dataset, actions: np.ndarray, names: list[str]):
     rows, columns = -(-len(names) // 4), min(4, len(names))
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="tight")
     for i, name in enumerate(names):
-        axis = figure.add_subplot(rows, columns, i + 1, title=name, yticks=[])
+        axis = figure.add_subplot(rows, columns, i + 1, title=f"action {name}", yticks=[])
         low, high = (dataset.statistics["action"][key][i] for key in ("q01", "q99"))
         margin = 0.1 * (high - low) or 0.5
         axis.hist(actions[:, i].clip(low - margin, high + margin), 50, range=(low - margin, high + margin))

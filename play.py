@@ -1,0 +1,101 @@
+"""
+A policy in the toy world, in closed loop: how often it does what it was told, with pictures to look at.
+
+    python play.py --checkpoint runs/toy/checkpoint --out runs/toy
+
+Three numbers over the same unseen scenes: the policy's success; that of the same model before training; and how often
+the originally named object is picked up when the instruction names another one (a policy that does not listen would not
+notice). Success is read off the world's state.
+
+Axes: n scenes, T steps, A action dimensions.
+"""
+
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import toy
+from configurator import configure, fail
+from sample import Policy, load, predict_action
+
+
+@dataclass
+class Config:
+    checkpoint: str = "runs/toy/checkpoint"
+    out: str = "runs/toy"  # where rollouts.gif and actions.png go
+    scenes: int = 200  # unseen ones
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a success rate; https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval"""
+    p, d = successes / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z / d * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def evaluate(policy: Policy, scenes: int, out: Path) -> dict:
+    """Print and return the three success rates (fractions); write a film of eight rollouts and a plot to `out`."""
+
+    def act(images: np.ndarray, instructions: list[str]) -> np.ndarray:
+        return predict_action(policy, list(images), instructions)
+
+    start = time.perf_counter()
+    trained = toy.rollout(act, toy.TEST, scenes, record=8)
+    swapped = toy.rollout(act, toy.TEST, scenes, swap=True)
+    toy.save_gif(out / "rollouts.gif", trained.episodes)
+    plot_actions(policy, out / "actions.png")
+    weights = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    policy.model.init_weights(seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an untrained model writes no actions; they are decoded all the same
+        untrained = toy.rollout(act, toy.TEST, scenes)
+    policy.model.load_state_dict(weights)
+    rows = dict(success=trained.success, success_untrained=untrained.success, success_swapped=swapped.success)
+    for name, ok in {**rows, "success of the other object, when that is named": swapped.other}.items():
+        low, high = wilson(int(ok.sum()), scenes)
+        print(f"{name:48s} {ok.mean():6.1%}   (95 % interval {low:.1%} to {high:.1%}, {scenes} unseen scenes)")
+    print(f"{trained.steps[trained.success].mean():.1f} steps on average; {time.perf_counter() - start:.0f} s")
+    return {f"toy/{name}": float(ok.mean()) for name, ok in rows.items()}
+
+
+def plot_actions(policy: Policy, path: Path, episodes: int = 4):
+    """What the policy says against what the expert did, over whole unseen episodes, where something moves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = list(toy.demonstrations(toy.VAL, episodes))
+    true = np.concatenate([e["action"] for e in shown])  # (T, A)
+    images = [image for e in shown for image in e["image"][: len(e["action"])]]
+    texts = [e["instruction"] for e in shown for _ in e["action"]]
+    said = predict_action(policy, images, texts)
+    figure, axes = plt.subplots(4, 1, figsize=(10, 6), sharex=True)
+    for axis, i, name in zip(axes, (0, 1, 2, 6), ("dx (m)", "dy (m)", "dz (m)", "gripper"), strict=True):
+        axis.step(range(len(true)), true[:, i], where="mid", label="expert", color="black")
+        axis.step(range(len(true)), said[:, i], where="mid", label="policy", color="tab:red", linestyle="--")
+        for end in np.cumsum([len(e["action"]) for e in shown])[:-1]:
+            axis.axvline(end - 0.5, color="lightgrey")
+        axis.set_ylabel(name)
+    axes[0].legend(ncols=2, loc="upper right", fontsize=8)
+    axes[-1].set_xlabel(f"steps of {episodes} unseen episodes")
+    figure.tight_layout()
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def main(cfg: Config):
+    try:
+        policy = load(cfg.checkpoint)
+    except (ValueError, OSError) as error:
+        fail(error)
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    print(json.dumps(evaluate(policy, cfg.scenes, Path(cfg.out))))
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,358 @@
+"""
+A small world to learn in: a table seen from above with three objects on it, and a gripper.
+
+    python toy.py               demonstrations as an RLDS dataset, data/toy/1.0.0
+    python toy.py --expert      how often the scripted expert reaches its goal
+    python toy.py --gif a.gif   a film of the expert
+
+Actions are those of Bridge V2: (dx, dy, dz, droll, dpitch, dyaw) in metres and radians, and a gripper that is 1 for
+open and 0 for closed. Nothing turns here. x points right, y away, z up, all from the table's middle.
+
+RLDS https://arxiv.org/abs/2111.02767, tfrecord and tf.train.Example as in tensorflow/core/lib/io/record_writer.h and
+tensorflow/core/example/example.proto, disturbed demonstrations as in DART https://arxiv.org/abs/1703.09327.
+Axes: n scenes, K objects, T steps of an episode.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SIZE, VIEW = 224, 0.4  # pixels and metres along an edge of the picture
+STEP, GRID = np.array([0.075, 0.075, 0.05]), np.array([0.025, 0.025, 0.05])  # longest and shortest move, metres
+HOME, HOVER, TOP = 0.06, 0.10, 0.14  # where the gripper starts, the height it travels at and the highest
+REACH, NEAR, LOW, LIFTED = 0.035, 0.025, 0.03, 0.08  # grasps within, the expert's own, grasps below, is picked up above
+MAX_STEPS, SHOVE = 20, 4  # one disturbance in ten is so much larger
+TRAIN, VAL, TEST = 0, 1, 2  # seeds; no two have a scene in common
+
+RGB = dict(red=(218, 44, 50), green=(42, 158, 70), blue=(38, 96, 214), yellow=(244, 206, 44), purple=(142, 66, 190))
+RGB |= dict(orange=(242, 130, 28), pink=(244, 120, 176), cyan=(40, 190, 206), white=(246, 246, 246), black=(40, 40, 44))
+SHAPES = ("cube", "ball", "star")
+PHRASES = ("pick up the {}", "grab the {}", "lift the {}", "take the {}")
+WORDS = tuple(dict.fromkeys([*" ".join(PHRASES).split(), *RGB, *SHAPES]))  # all that instructions are made of
+
+
+@dataclass(frozen=True)
+class World:
+    """What differs from one robot to the next."""
+
+    colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple")
+    table: tuple[int, int, int] = (128, 128, 128)
+    follows: bool = True  # the camera is above the gripper; else above the table's middle
+    turns: int = 0  # quarter turns of the camera, anticlockwise
+    open_value: float = 1.0  # of the gripper's action; one minus it closes
+    noise: float = 0.012  # metres, spread of what demonstrations do around what they record
+    alone: float = 0.5  # share of the demonstrations in which the named object is the only one
+
+
+CHANGED = World(("orange", "pink", "cyan", "black", "red"), table=(96, 122, 128), turns=1, open_value=0.0)
+
+
+@dataclass
+class Scene:
+    names: list[str]  # K of "red cube"
+    objects: np.ndarray  # (K, 3) metres
+    gripper: np.ndarray  # (3,)
+    phrase: str
+    named: int  # the object in the instruction
+    other: int  # the object in the swapped instruction
+    is_open: bool = True
+    held: int = -1
+
+    def is_done(self, k: int) -> bool:
+        """Whether object k is picked up, judged by where it is."""
+        return self.held == k and bool(self.objects[k, 2] >= LIFTED)
+
+
+def make_scene(seed: int, index: int, world: World) -> Scene:
+    """Scene number `index` of the endless list that `seed` stands for."""
+    rng = np.random.default_rng([seed, index])
+    gaps = np.zeros((3, 3))
+    while gaps.min() < 0.085:  # metres between objects
+        objects = np.pad(rng.uniform(-0.14, 0.14, (3, 2)), ((0, 0), (0, 1)))
+        gaps = np.linalg.norm(objects[:, None] - objects, axis=-1) + np.eye(3)
+    names = [f"{c} {s}" for c, s in zip(rng.permutation(world.colors)[:3], rng.choice(SHAPES, 3), strict=True)]
+    gripper, (named, other) = np.append(rng.uniform(-HOME, HOME, 2), HOVER), rng.permutation(3)[:2].tolist()
+    return Scene(names, objects, gripper, str(rng.choice(PHRASES)), named, other)
+
+
+# -----------------------------------------------------------------------------
+# Drawing
+
+
+@lru_cache(maxsize=4096)
+def sprite(kind: str, rgb: tuple, size: int) -> tuple[Image.Image, Image.Image]:
+    """A thing `size` pixels wide in the middle of a picture twice as wide, RGBA, and its soft shadow."""
+    big = 8 * size  # drawn four times as large: smooth edges
+    pen = ImageDraw.Draw(img := Image.new("RGBA", (big, big)))
+
+    def shade(gain: float) -> tuple:
+        return tuple(int(min(255, c * gain)) for c in rgb)
+
+    def box(*corners: float) -> list:
+        return [(2 + v) * big / 4 for v in corners]  # -1 ... 1 is the thing
+
+    if kind == "cube":
+        for low, high, gain in ((-0.9, 0.9, 0.62), (-0.9, 0.66, 1.0), (-0.74, 0.5, 1.13)):
+            pen.rounded_rectangle(box(low, low, high, high), big / 40, shade(gain))
+    elif kind == "ball":
+        for i in range(16):  # lit from the upper left
+            r, d = 1 - i / 17, -0.32 * i / 16
+            pen.ellipse(box(d - r, d - r, d + r, d + r), shade(0.68 + 0.55 * i / 15))
+    elif kind == "star":
+        angle = np.arange(10) * np.pi / 5
+        corners = np.stack([np.sin(angle), -np.cos(angle)], axis=1) * np.tile([1.0, 0.5], 5)[:, None]  # (10, 2)
+        for radius, gain in ((1.15, 0.7), (0.9, 1.08)):
+            pen.polygon(box(*(radius * corners).ravel()), shade(gain))
+    else:  # the gripper, "open" or "closed": two fingers, and the hand that they are on
+        for x in (-0.62, 0.62) if kind == "open" else (-0.34, 0.34):
+            pen.rounded_rectangle(box(x - 0.13, -0.85, x + 0.13, 0.5), big / 60, shade(1.0))
+            pen.rounded_rectangle(box(x - 0.13, 0.2, x + 0.13, 0.5), big / 60, shade(3.5))
+        pen.rounded_rectangle(box(-0.85, -1.15, 0.85, -0.7), big / 40, shade(1.35))
+        pen.ellipse(box(-0.3, -1.22, 0.3, -0.62), shade(2.2))
+    img = img.resize((2 * size, 2 * size), Image.Resampling.BOX)
+    shadow = Image.new("RGBA", img.size)
+    shadow.putalpha(img.getchannel("A").filter(ImageFilter.GaussianBlur(size / 14)).point(lambda a: int(0.4 * a)))
+    return img, shadow
+
+
+@lru_cache
+def background(rgb: tuple) -> Image.Image:
+    """A table of boards, twice as wide as the picture, as the camera may move."""
+    grain = np.random.default_rng(0).normal(0, 1.5, 2 * SIZE) - 14 * (np.arange(2 * SIZE) % (SIZE // 4) == 0)
+    table = np.clip(np.array(rgb) + grain[:, None, None], 0, 255).astype(np.uint8)
+    return Image.fromarray(np.repeat(table, 2 * SIZE, axis=1))
+
+
+def draw(scene: Scene, world: World) -> np.ndarray:
+    """The camera's picture, (224, 224, 3) uint8. Higher things are larger and their shadow is farther away."""
+    middle, scale = scene.gripper * world.follows, SIZE / VIEW  # metres, pixels per metre
+    x, y = (int(round(SIZE / 2 + v * scale)) for v in (middle[0], -middle[1]))
+    img = background(world.table).crop((x, y, x + SIZE, y + SIZE))
+    things = []
+    for k in sorted(range(len(scene.names)), key=lambda k: k == scene.held):  # what is held covers the rest
+        color, shape = scene.names[k].split()
+        things.append((shape, RGB[color], 0.05, scene.objects[k]))
+    things.append(("open" if scene.is_open else "closed", (70, 74, 84), 0.09, scene.gripper))
+    for kind, rgb, width, xyz in things:
+        picture, shadow = sprite(kind, rgb, round(width * (1 + 4 * xyz[2]) * scale))
+        x, y = (int(round(SIZE / 2 + v * scale)) - picture.width // 2 for v in (xyz - middle)[:2] * [1, -1])
+        far = 1 + round(0.4 * xyz[2] * scale)
+        img.paste(shadow, (x + far, y + far), shadow)
+        img.paste(picture, (x, y), picture)
+    return np.rot90(np.asarray(img), world.turns).copy()
+
+
+# -----------------------------------------------------------------------------
+# Moving, the expert, rollouts
+
+
+def step(scene: Scene, action: np.ndarray, world: World):
+    """Change the scene by one action (7,): the gripper moves, then it opens or closes."""
+    high = np.array([0.18, 0.18, TOP])
+    scene.gripper = np.clip(scene.gripper + np.clip(action[:3], -STEP, STEP), -high * [1, 1, 0], high)
+    opens = bool((action[6] > 0.5) == (world.open_value > 0.5))
+    if scene.is_open and not opens and scene.gripper[2] < LOW:
+        away = np.linalg.norm(scene.objects[:, :2] - scene.gripper[:2], axis=1)
+        scene.held = int(away.argmin()) if away.min() < REACH else -1
+    if scene.held >= 0:
+        scene.objects[scene.held] = scene.gripper * [1, 1, not opens]  # falls when let go
+    scene.held, scene.is_open = -1 if opens else scene.held, opens
+
+
+def expert(scene: Scene, k: int, world: World) -> np.ndarray:
+    """The action (7,) float32 that leads to object k being picked up. Sees only the state, so it recovers."""
+    holds, away = scene.held == k, np.append(scene.objects[k, :2], HOVER) - scene.gripper
+    move = np.clip(np.rint(away / GRID) * GRID, -STEP, STEP)  # few different moves are sooner learned
+    if not holds and np.hypot(*(away - move)[:2]) < NEAR:  # above it after this step: go down
+        move[2] = np.clip(np.rint(-scene.gripper[2] / GRID[2]) * GRID[2], -STEP[2], STEP[2])
+    closes = holds or (np.hypot(*away[:2]) < NEAR and scene.gripper[2] < GRID[2] / 2)
+    return np.array([*move, 0, 0, 0, 1 - world.open_value if closes else world.open_value], np.float32)
+
+
+@dataclass
+class Result:
+    """What n rollouts came to."""
+
+    success: np.ndarray  # (n,) bool, the object of the original instruction was picked up
+    other: np.ndarray  # (n,) bool, the object of the swapped instruction was
+    steps: np.ndarray  # (n,) int64, actions taken
+    episodes: list[dict] = field(default_factory=list)  # the recorded ones
+
+
+def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.0, alone=False) -> Result:  # noqa: B008
+    """
+    Act in scenes first ... first + n - 1 of `seed`, all at once; a scene that is done takes no further part.
+
+    act(images (n, 224, 224, 3) uint8, instructions, n of str) -> actions (n, 7), metres, radians and the world's
+    gripper values; None: the expert. swap: the instruction names another object of the scene, and picking up that
+    one ends it. record: the first so many come back as episodes, dicts of image (T + 1, 224, 224, 3) uint8, state
+    and action (T, 7) float32, instruction. noise: metres, spread of what is done around what `act` says and what is
+    recorded. alone: the objects that are not named are taken away.
+    """
+    scenes = [make_scene(seed, first + i, world) for i in range(n)]
+    asked = [s.other if swap else s.named for s in scenes]
+    texts = [s.phrase.format(s.names[k]) for s, k in zip(scenes, asked, strict=True)]
+    for scene, k in zip(scenes, asked, strict=True) if alone else ():
+        scene.objects[np.arange(len(scene.objects)) != k] += [9, 0, 0]
+    rng, live = np.random.default_rng([seed, first, n]), list(range(n))
+    result = Result(np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, int))
+    rows = [[] for _ in scenes]  # T of (image, state, action) per scene
+    for _ in range(MAX_STEPS):
+        images = [draw(scenes[i], world) if act or i < record else None for i in live]
+        if act:
+            actions = np.asarray(act(np.stack(images), [texts[i] for i in live]))
+        else:
+            actions = [expert(scenes[i], asked[i], world) for i in live]
+        for i, image, action in zip(live, images, actions, strict=True):
+            scene, keep = scenes[i], i < record
+            state = np.array([*scene.gripper, 0, 0, 0, scene.is_open], np.float32)
+            rows[i] += [(image, state, np.asarray(action, np.float32))] * keep
+            shift = rng.normal(0, noise, 3) * ([SHOVE, SHOVE, 1] if rng.random() < 0.1 else 1)
+            step(scene, action + np.pad(shift, (0, 4)), world)
+            result.steps[i] += 1
+            result.success[i], result.other[i] = scene.is_done(scene.named), scene.is_done(scene.other)
+        live = [i for i in live if not (result.other if swap else result.success)[i]]
+        if not live:
+            break
+    for i in range(min(record, n)):
+        image, state, action = zip(*rows[i], strict=True)
+        image = np.stack([*image, draw(scenes[i], world)])
+        result.episodes.append(dict(image=image, state=np.stack(state), action=np.stack(action), instruction=texts[i]))
+    return result
+
+
+def demonstrations(seed: int, n: int, world: World = World()) -> Iterator[dict]:  # noqa: B008
+    """n successful episodes of the expert. It is disturbed, so that it shows how to recover."""
+    index = made = 0
+    while made < n:
+        alone = index % 100 < 100 * world.alone
+        result = rollout(None, seed, 1, world, record=1, first=index, noise=world.noise, alone=alone)
+        if result.success[0]:
+            yield result.episodes[0]
+        index, made = index + 1, made + result.success[0]
+
+
+def save_gif(path: str | Path, episodes: list[dict]):
+    """The episodes side by side, each waiting at its end for the longest."""
+    length = max(len(e["image"]) for e in episodes) + 3
+    clips = [np.pad(e["image"], [(0, length - len(e["image"])), *[(0, 0)] * 3], "edge") for e in episodes]
+    first, *rest = [Image.fromarray(frame) for frame in np.concatenate(clips, axis=2)]
+    first.save(path, save_all=True, append_images=rest, duration=250, loop=0)
+
+
+# -----------------------------------------------------------------------------
+# RLDS, as TensorFlow Datasets keeps it
+
+
+def varint(n: int) -> bytes:
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def message(number: int, content: bytes) -> bytes:
+    """Field `number` of a protocol buffer."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def encode_episode(episode: dict) -> bytes:
+    """An episode of `rollout`, less its last picture, as a tf.train.Example; pictures as JPEG of quality 95."""
+    T, pictures, entries = len(episode["action"]), [], b""
+    for image in episode["image"][:T]:
+        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=95)
+        pictures.append(file.getvalue())
+    last = np.arange(T) == T - 1
+    steps = {"observation/image": pictures, "observation/state": episode["state"], "action": episode["action"]}
+    steps |= dict(language_instruction=[episode["instruction"].encode()] * T, is_first=np.arange(T) == 0)
+    steps |= dict(is_last=last, is_terminal=last, reward=last.astype("<f4"), discount=np.ones(T, "<f4"))
+    for key, values in steps.items():  # each flat: bytes_list is field 1, float_list 2, int64_list 3
+        if isinstance(values, list):
+            feature = message(1, b"".join(message(1, v) for v in values))
+        else:
+            feature = message(3 if values.dtype == bool else 2, message(1, values.tobytes()))
+        entries += message(1, message(1, f"steps/{key}".encode()) + message(2, feature))
+    return message(1, entries)
+
+
+def features_json() -> dict:
+    """What features.json says about the steps of `encode_episode`."""
+
+    def feature(name: str, **content) -> dict:
+        return dict(pythonClassName=f"tensorflow_datasets.core.features.{name}", **content)
+
+    def tensor(dtype: str, *shape: int, **more: str) -> dict:
+        return dict(shape=dict(dimensions=[str(n) for n in shape]) if shape else {}, dtype=dtype, **more)
+
+    vector = feature("tensor_feature.Tensor", tensor=tensor("float32", 7, encoding="none"))
+    image = feature("image_feature.Image", image=tensor("uint8", SIZE, SIZE, 3, encodingFormat="jpeg"))
+    text = feature("text_feature.Text", text={})
+    observation = feature("features_dict.FeaturesDict", featuresDict=dict(features=dict(image=image, state=vector)))
+    steps = dict(observation=observation, action=vector, language_instruction=text)
+    for key in ("is_first", "is_last", "is_terminal", "reward", "discount"):
+        dtype = "bool" if key.startswith("is_") else "float32"
+        steps[key] = feature("scalar.Scalar", tensor=tensor(dtype, encoding="none"))
+    steps = feature("features_dict.FeaturesDict", featuresDict=dict(features=steps))
+    steps = feature("dataset_feature.Dataset", sequence=dict(feature=steps, length="-1"))
+    return feature("features_dict.FeaturesDict", featuresDict=dict(features=dict(steps=steps)))
+
+
+def write_tfrecord(path: Path, records: list[bytes]):
+    """Each record behind its length, both with a checksum (crc32c, rotated and offset)."""
+    from google_crc32c import value as crc32c
+
+    with open(path, "wb") as f:
+        for part in (part for record in records for part in (struct.pack("<Q", len(record)), record)):
+            crc = crc32c(part)
+            f.write(part + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF))
+
+
+def write_rlds(folder: str | Path, splits: dict[str, Iterable[dict]], name: str = "toy", shard: int = 300) -> Path:
+    """
+    Write the episodes of each split to folder/name/1.0.0, `shard` of them to a file. Returns that folder, which
+    appears when it is whole and takes the place of an older one.
+    """
+    to = Path(folder) / name / "1.0.0"
+    tmp, infos = to.with_name(".1.0.0.tmp"), []
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    for split, episodes in splits.items():
+        lengths, total, records = [], 0, map(encode_episode, episodes)
+        while part := list(islice(records, shard)):
+            write_tfrecord(tmp / f"part-{len(lengths)}", part)
+            lengths, total = [*lengths, str(len(part))], total + sum(map(len, part))
+        for i in range(len(lengths)):
+            (tmp / f"part-{i}").rename(tmp / f"{name}-{split}.tfrecord-{i:05d}-of-{len(lengths):05d}")
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        infos.append(dict(name=split, filepathTemplate=template, numBytes=str(total), shardLengths=lengths))
+    info = dict(name=name, version="1.0.0", fileFormat="tfrecord", moduleName="toy", splits=infos)
+    (tmp / "features.json").write_text(json.dumps(features_json(), indent=2))
+    (tmp / "dataset_info.json").write_text(json.dumps(info, indent=2))
+    shutil.rmtree(to, ignore_errors=True)
+    return tmp.rename(to)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser.add_argument("--folder", default="data", help="where the dataset goes, as FOLDER/toy/1.0.0")
+    parser.add_argument("--episodes", type=int, default=2000)
+    parser.add_argument("--changed", action="store_true", help="the changed world")
+    parser.add_argument("--expert", action="store_true", help="try the expert in 200 unseen scenes instead")
+    parser.add_argument("--gif", default="", help="write a film of the expert to this file instead")
+    args = parser.parse_args()
+    world = CHANGED if args.changed else World()
+    if args.gif:
+        save_gif(args.gif, rollout(None, TEST, 4, world, record=4).episodes)
+    elif args.expert:
+        r = rollout(None, TEST, 200, world)
+        print(f"the expert succeeds in {r.success.mean():.1%} of 200 scenes, in {r.steps.mean():.1f} steps")
+    else:
+        splits = dict(train=demonstrations(TRAIN, args.episodes, world), val=demonstrations(VAL, 20, world))
+        print(f"{args.episodes} demonstrations, and 20 for validation: {write_rlds(args.folder, splits)}")
