@@ -58,7 +58,7 @@ def evaluate(policy: Policy, scenes: int, out: Path) -> dict:
     for name, ok in {**rows, "success of the other object, when that is named": swapped.other}.items():
         low, high = wilson(int(ok.sum()), scenes)
         print(f"{name:48s} {ok.mean():6.1%}   (95 % interval {low:.1%} to {high:.1%}, {scenes} unseen scenes)")
-    print(f"{trained.steps[trained.success].mean():.1f} steps on average; {time.perf_counter() - start:.0f} s")
+    print(f"{trained.steps.mean():.1f} steps on average; {time.perf_counter() - start:.0f} s")
     return {f"toy/{name}": float(ok.mean()) for name, ok in rows.items()}
 
 

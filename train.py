@@ -156,7 +156,7 @@ def forward(model, batch: dict, processor: ImageProcessor, device: str):
 # Checkpoints
 
 
-def save(run: Path, step: int, model, optimizer, cfg: Config):
+def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict):
     """checkpoints/step-NNNNNN, written beside and renamed when whole; then the oldest beyond keep_checkpoints go."""
     final, work = run / "checkpoints" / f"step-{step:06d}", run / "checkpoints" / f".step-{step:06d}"
     if main_process():
@@ -165,7 +165,7 @@ def save(run: Path, step: int, model, optimizer, cfg: Config):
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work)
     if main_process():
-        write_json(work / "train.json", {"step": step, "config": printable(cfg)})
+        write_json(work / "train.json", {"step": step, "config": printable(cfg), "statistics": stats})
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         for old in complete_checkpoints(run)[: -cfg.keep_checkpoints]:
@@ -326,6 +326,12 @@ def train(cfg: Config) -> dict:
     step = 0
     newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
     if newest:
+        before = json.loads((newest[0] / "train.json").read_text())["statistics"]
+        if before != stats:
+            raise ValueError(
+                f"{newest[0]}: trained with statistics of {sorted(before)} that are not those of the data now, "
+                f"{sorted(stats)}; give the same data, or --resume never to start anew"
+            )
         step = load(newest[0], model, optimizer)
 
     mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug)
@@ -382,7 +388,7 @@ def train(cfg: Config) -> dict:
             if log:
                 log.write(metrics)
         if step % cfg.save_every == 0 or step == cfg.max_steps or stop:
-            save(run, step, model, optimizer, cfg)
+            save(run, step, model, optimizer, cfg, stats)
             if log and metrics:
                 plot_curves(run)
             if cfg.export_every_save or step == cfg.max_steps:

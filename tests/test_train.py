@@ -288,6 +288,14 @@ def test_errors_before_long_work(config, options, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_statistics_of_another_dataset(config, tmp_path):
+    """A run is not resumed on data with other statistics: its actions would mean something else."""
+    train_here(config("run", "--max_steps", "1"))
+    (tmp_path / "c.py").write_text(CONFIG.replace("default_rng(0)", "default_rng(1)"))
+    with pytest.raises(ValueError, match="not those of the data now"):
+        train_here(config("run"))
+
+
 def test_not_enough_disk(config, capsys, monkeypatch):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(SystemExit):
