@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_weights as cw
 from model import INDEX, TOWERS, OpenVLA, OpenVLAConfig, is_unused
-from toy import make_tokenizer
+from tokenizer import make_standin
 
 PT = Path("checkpoints/latest-checkpoint.pt")
 
@@ -34,7 +34,7 @@ def reference(name: str) -> Path:
 def tokenizer(tmp_path_factory) -> str:
     """A stand-in with Llama's layout: it is only copied."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    make_tokenizer(path)
+    make_standin(path)
     return str(path)
 
 
