@@ -3,6 +3,7 @@ How fast and how large: each command prints a table and then one JSON line. BENC
 
     python bench.py load                          # random weights of the 7B shape in a temporary folder: load, act once
     python bench.py load --checkpoint openvla-7b
+    python bench.py enlarge --data_root_dir DIR --out BIG        # the Bridge sample with 256 x 256 pictures
     python bench.py data --data_root_dir DIR --data_mix bridge --image_aug True
 """
 
@@ -28,7 +29,8 @@ class Config:
     checkpoint: str = ""  # load: this folder instead of random weights
     shape: str = "7b"  # load: shape of the random weights: tiny, 7b
     dtype: str = "bfloat16"
-    data_root_dir: str = ""  # data: folder with the datasets
+    data_root_dir: str = ""  # data, enlarge: folder with the datasets
+    out: str = "bench"  # enlarge: where the enlarged dataset goes
     data_mix: str = "bridge"  # data: mixture or dataset
     image_aug: bool = True  # data: random crops and colours
     batch_size: int = 16
@@ -154,11 +156,11 @@ def write_synthetic(folder: Path, source: Path, episodes: int, steps: int, side:
     """
     import shutil
 
-    import google_crc32c
     import simplejpeg
     from PIL import Image
 
     from rlds import find_dataset, read_records
+    from toy import write_tfrecord
 
     old = find_dataset(source, "bridge_orig")
     out = folder / "bridge_orig" / "1.0.0"
@@ -173,20 +175,17 @@ def write_synthetic(folder: Path, source: Path, episodes: int, steps: int, side:
     records = [record for path in old.glob("*-train.tfrecord*") for _, record in read_records(path)]
     rng = np.random.default_rng(seed)
 
-    def crc(data: bytes) -> bytes:
-        value = google_crc32c.value(data)
-        return (((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
-
     def enlarge(jpeg: bytes) -> bytes:
         small = Image.fromarray(simplejpeg.decode_jpeg(jpeg)).resize((side, side))
         noisy = np.asarray(small).astype(int) + rng.integers(-9, 10, (side, side, 1))
         return simplejpeg.encode_jpeg(np.ascontiguousarray(noisy.clip(0, 255).astype(np.uint8)), 85, "RGB", "420")
 
-    with open(out / "bridge_dataset-train.tfrecord-00000-of-00001", "wb") as f:
-        for e in range(episodes):
-            record = lengthen(records[e % len(records)], steps, enlarge)
-            length = len(record).to_bytes(8, "little")
-            f.write(length + crc(length) + record + crc(record))
+    lengthened = [lengthen(records[e % len(records)], steps, enlarge) for e in range(episodes)]
+    write_tfrecord(out / "bridge_dataset-train.tfrecord-00000-of-00001", lengthened)
+
+
+def bench_enlarge(cfg: Config):
+    write_synthetic(Path(cfg.out), Path(cfg.data_root_dir), episodes=60, steps=38, side=256)
 
 
 def lengthen(record: bytes, steps: int, enlarge) -> bytes:
@@ -298,7 +297,7 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    commands = {"load": bench_load, "data": bench_data}
+    commands = {"load": bench_load, "data": bench_data, "enlarge": bench_enlarge}
     if len(sys.argv) < 2 or sys.argv[1] not in (*commands, "--help", "-h"):
         fail(f"usage: python bench.py {{{'|'.join(commands)}}} [--option value ...]; --help lists the options")
     argv = sys.argv[1:] if sys.argv[1].startswith("-") else sys.argv[2:]

@@ -12,7 +12,6 @@ import inspect
 import runpy
 import sys
 from ast import literal_eval
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -96,7 +95,3 @@ def check(value, hint, key: str):
     if Any in kinds or type(value) in kinds or (value is None and NoneType in kinds):
         return value
     fail(f"{key} must be {getattr(hint, '__name__', hint)}, got {value!r}")
-
-
-def field_names(cls) -> list[str]:
-    return [f.name for f in fields(cls)]
