@@ -7,8 +7,8 @@ Checkpoints of the official training code to Hugging Face layout and back, and w
     python convert_weights.py check FOLDER
 
 A training run ("Prismatic") is config.json, dataset_statistics.json and checkpoints/*.pt: {"model": {"vision_backbone",
-"projector", "llm_backbone"}}. If its towers were frozen, as in the base VLMs, they are not in it: --vision takes them
-out of timm's files. A .pt is a pickle: one that asks for more than tensors is refused, and nothing of it runs. Files are
+"projector", "llm_backbone"}}. If its towers were frozen, as in the base VLMs, they are not in it: --vision names
+timm files that have them. A .pt is a pickle: one that asks for more than tensors is refused and never run. Files are
 memory-mapped and go through memory one tensor at a time. Writing a .pt needs torch >= 2.7.
 
 vla-scripts/extern/convert_openvla_weights_to_hf.py and prismatic/models/load.py of github.com/openvla/openvla.
