@@ -14,11 +14,41 @@ import torch
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
 
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def base_of(folder: str | Path) -> Path | None:
+    """The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run."""
+    file = Path(folder) / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    name = json.loads(file.read_text("utf-8")).get("base_model_name_or_path") or ""
+    places = [Path(name).expanduser(), Path(folder) / name, Path(folder).parent / Path(name).name]
+    if found := next((p for p in places if name and p.is_dir()), None):
+        return found
+    raise FileNotFoundError(f"{file}: the base checkpoint {name!r} is not there; bring it, or set base_model_name_or_path")
+
+
+def home_of(folder: str | Path, file: str) -> Path:
+    """The folder that has `file`: this one, or the base of a LoRA run that does not bring its own."""
+    return Path(folder) if (Path(folder) / file).is_file() else base_of(folder) or Path(folder)
+
+
 def check_folder(folder: str | Path) -> OpenVLAConfig:
-    """Raise if `OpenVLA.from_pretrained(folder)` could not load; else the model's config."""
+    """
+    Raise if `OpenVLA.from_pretrained(folder)` could not load; else the model's config. A LoRA run is checked with its
+    base; its dataset statistics join the base's.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    if base := base_of(folder):
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise FileNotFoundError(f"{folder / ADAPTER_WEIGHTS}: missing beside {ADAPTER_CONFIG}")
+        read_header(folder / ADAPTER_WEIGHTS)
+        config, stats = check_folder(base), folder / "dataset_statistics.json"
+        config.extra["norm_stats"] |= json.loads(stats.read_text("utf-8")) if stats.is_file() else {}
+        return config
     if not (folder / "config.json").is_file():
         hint = "; convert_weights.py turns .pt checkpoints into this layout" if list(folder.rglob("*.pt")) else ""
         raise FileNotFoundError(f"{folder}: not a checkpoint in Hugging Face layout, it has no config.json{hint}")

@@ -27,7 +27,8 @@ def configure(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls`, filled from the command line. --help prints script and field comments."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words or "--help" in words:
-        print(f"{inspect.getdoc(inspect.getmodule(cls))}\n\nOptions (--name value):\n\n{inspect.getsource(cls)}")
+        fields = "\n".join(inspect.getsource(c) for c in cls.__mro__[:-1])
+        print(f"{inspect.getdoc(inspect.getmodule(cls))}\n\nOptions (--name value):\n\n{fields}")
         raise SystemExit(0)
     hints = get_type_hints(cls)
     settings: dict[str, Any] = {}

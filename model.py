@@ -299,7 +299,7 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, room: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer a key and a value buffer (batch, K, room, C)."""
-        attn, new = self.model.layers[0].self_attn, self.lm_head.weight.new_empty
+        attn, new = self.model.layers[0].self_attn, self.model.norm.weight.new_empty
         shape = (batch, attn.num_kv_heads, room, attn.head_dim)
         return [(new(shape), new(shape)) for _ in self.model.layers]
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_folder
+from checkpoint import base_of, check_folder, home_of
 from configurator import configure, fail
 from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
+from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
 from tokenizer import PAD, Tokenizer, decode_action, is_action_id, pad_sequences, prompt_for, unnormalize
 
@@ -33,7 +34,7 @@ UNITS = [("dx", "m"), ("dy", "m"), ("dz", "m"), ("droll", "rad"), ("dpitch", "ra
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout: openvla-7b, a fine-tuned model, runs/.../checkpoint
+    checkpoint: str = ""  # folder in Hugging Face layout: openvla-7b, a fine-tuned model, runs/.../checkpoint, a LoRA run
     image: tuple[str, ...] = ()  # picture files, one or more
     instruction: tuple[str, ...] = ()  # one for all pictures, or one for each; put it in quotes
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
@@ -59,12 +60,14 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
     Folder -> Policy. dtype None: as stored on the CPU, else bfloat16. Raises ValueError or FileNotFoundError, with
     the file and the remedy, before any weight is read.
     """
-    config = check_folder(checkpoint)
-    tokenizer = Tokenizer(checkpoint, prompt_for(config.extra))
-    processor = ImageProcessor.from_pretrained(checkpoint)
+    config, base = check_folder(checkpoint), base_of(checkpoint)
+    tokenizer = Tokenizer(home_of(checkpoint, "tokenizer.model"), prompt_for(config.extra))
+    processor = ImageProcessor.from_pretrained(home_of(checkpoint, "preprocessor_config.json"))
     stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
     dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
-    model = OpenVLA.from_pretrained(checkpoint, dtype, device, progress)
+    model = OpenVLA.from_pretrained(base or checkpoint, dtype, device, progress)
+    if base:
+        load_adapter(model, checkpoint)
     return Policy(model, tokenizer, processor, config.extra["norm_stats"], str(checkpoint))
 
 
@@ -94,7 +97,7 @@ def predict_tokens(policy: Policy, images, instructions: list[str], num_tokens: 
     """Pictures and instructions (B each) -> action ids (B, num_tokens) int64, on the CPU."""
     if len(images) != len(instructions) or not len(images):
         raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions: they must be as many, and some")
-    weight = policy.model.language_model.lm_head.weight
+    weight = policy.model.language_model.model.norm.weight
     pixels = torch.from_numpy(np.stack([prepare(policy, image, crop) for image in images])).to(weight.device)
     input_ids, lengths = pad_sequences([policy.tokenizer.encode_prompt(text) for text in instructions], PAD)
     mixed = bool((lengths != lengths[0]).any())
@@ -149,8 +152,9 @@ def main(cfg: Config):
         texts = list(cfg.instruction) * (len(images) if len(cfg.instruction) == 1 else 1)
         config = check_folder(cfg.checkpoint)
         stats = action_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
+        tokenizer = Tokenizer(home_of(cfg.checkpoint, "tokenizer.model"), prompt_for(config.extra))
         for text in texts:
-            check_length(config, Tokenizer(cfg.checkpoint, prompt_for(config.extra)).encode_prompt(text), stats)
+            check_length(config, tokenizer.encode_prompt(text), stats)
         device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
         loaded = time.perf_counter()

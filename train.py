@@ -146,14 +146,17 @@ def build_optimizer(model: torch.nn.Module, cfg: Config, fused: bool) -> torch.o
 def forward(model, batch: dict, processor: ImageProcessor, device: str):
     """One batch of data.collate -> (logits (n, V), loss, labels (n,), dataset of each of the n positions)."""
     images, ids, labels = (batch[k].to(device, non_blocking=True) for k in ("images", "input_ids", "labels"))
-    logits, loss = model(ids, processor.normalize(images[:, 0]), labels)
+    pixel_values = processor.normalize(images[:, 0]).to(next(model.parameters()).dtype)
+    logits, loss = model(ids, pixel_values, labels)
     trained = labels[:, 1:] >= 0
     which = batch["dataset"].to(device)[:, None].expand_as(trained)[trained]
     return logits, loss, labels[:, 1:][trained], which
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints: what is frozen is not in them, as the base checkpoint has it
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict):
@@ -162,7 +165,7 @@ def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict):
     if main_process():
         shutil.rmtree(work, ignore_errors=True)
     barrier()
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work)
     if main_process():
         write_json(work / "train.json", {"step": step, "config": printable(cfg), "statistics": stats})
@@ -179,15 +182,17 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def load(folder: Path, model, optimizer) -> int:
     """Read a step-NNNNNN folder, saved by any number of processes, in place. Returns the number of steps done."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     state = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
+    )
     return json.loads((folder / "train.json").read_text())["step"]
 
 
-def export(folder: Path, model: OpenVLA, tokenizer: Tokenizer, processor: ImageProcessor, stats: dict, bf16: bool):
-    """The model in Hugging Face layout, with all that sample.py and the official classes need beside the weights."""
+def export(run: Path, model: OpenVLA, tokenizer: Tokenizer, processor: ImageProcessor, stats: dict, cfg: Config):
+    """run/checkpoint: the model in Hugging Face layout, with all that sample.py and the official classes need."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, _ = get_state_dict(model, [], options=options)
     if main_process():
@@ -195,14 +200,20 @@ def export(folder: Path, model: OpenVLA, tokenizer: Tokenizer, processor: ImageP
             whole = OpenVLA(model.cfg)
         whole.load_state_dict(weights, assign=True)
         whole.unused, whole.cfg.extra = model.unused, {**model.cfg.extra, "norm_stats": stats}
-        for name, content in tokenizer.files().items():
-            write_atomically(folder / name, lambda tmp, content=content: tmp.write_bytes(content))
-        tokens = dict(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
-        write_json(folder / "generation_config.json", tokens)
-        write_json(folder / "preprocessor_config.json", processor.to_dict())
-        write_json(folder / "dataset_statistics.json", stats)
-        whole.save_pretrained(folder, torch.bfloat16 if bf16 else torch.float32)
+        write_preparation(run / "checkpoint", tokenizer, processor, stats)
+        bf16 = cfg.bf16 and torch.cuda.is_available()
+        whole.save_pretrained(run / "checkpoint", torch.bfloat16 if bf16 else torch.float32)
     barrier()
+
+
+def write_preparation(folder: Path, tokenizer: Tokenizer, processor: ImageProcessor, stats: dict):
+    """What a checkpoint folder has beside weights and config.json."""
+    for name, content in tokenizer.files().items():
+        write_atomically(folder / name, lambda tmp, content=content: tmp.write_bytes(content))
+    tokens = dict(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
+    write_json(folder / "generation_config.json", tokens)
+    write_json(folder / "preprocessor_config.json", processor.to_dict())
+    write_json(folder / "dataset_statistics.json", stats)
 
 
 def printable(cfg: Config) -> dict:
@@ -256,7 +267,16 @@ def check_config(cfg: Config, world: int, run: Path):
 
 
 def build(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
-    """Model (on the CPU), tokenizer and image processor of the base checkpoint, or new ones for random weights."""
+    """
+    Model (on the CPU, float32, frozen where it shall not train), tokenizer and image processor: those of the base
+    checkpoint, or new ones for random weights.
+    """
+    model, tokenizer, processor = start(cfg)
+    freeze(model.float(), cfg.train_parts)
+    return model, tokenizer, processor
+
+
+def start(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     if cfg.base_checkpoint:
         config = check_folder(cfg.base_checkpoint)
         tokenizer = Tokenizer(cfg.tokenizer or cfg.base_checkpoint, prompt_for(config.extra))
@@ -275,9 +295,8 @@ def build(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     return OpenVLA(config).init_weights(cfg.seed), Tokenizer(cfg.tokenizer, prompt_for(config.extra)), processor
 
 
-def check_disk(run: Path, model: OpenVLA, keep: int):
-    numbers = sum(p.numel() for p in model.parameters())
-    need, free = numbers * 12 * (keep + 1) + numbers * 4, shutil.disk_usage(run).free
+def check_disk(run: Path, trained: int, exported: int, keep: int):
+    need, free = trained * 12 * (keep + 1) + exported * 4, shutil.disk_usage(run).free
     if free < need:
         raise OSError(
             f"{run}: {keep + 1} checkpoints and the export need {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f}"
@@ -288,8 +307,11 @@ def check_disk(run: Path, model: OpenVLA, keep: int):
 # The loop
 
 
-def train(cfg: Config) -> dict:
-    """Train as the config says. Returns the metrics of the last step. Raises ValueError or OSError for bad input."""
+def train(cfg: Config, make=build, write=export) -> dict:
+    """
+    Train as the config says. Returns the metrics of the last step. Raises ValueError or OSError for bad input.
+    make, write: what trains, and what becomes of it; finetune_lora.py has its own.
+    """
     sharded = "RANK" in os.environ  # started by torchrun
     cuda = torch.cuda.is_available()
     if sharded and not dist.is_initialized():
@@ -298,7 +320,6 @@ def train(cfg: Config) -> dict:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
-    bf16 = cfg.bf16 and cuda
     cfg.run_dir = cfg.run_dir or f"runs/{cfg.data_mix if isinstance(cfg.data_mix, str) else 'mine'}"
     run = Path(cfg.run_dir)
     check_config(cfg, world, run)
@@ -310,28 +331,32 @@ def train(cfg: Config) -> dict:
     barrier()
     parts = open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records)
     stats = {d.name: d.statistics for d, _ in parts}
-    model, tokenizer, processor = build(cfg)
-    check_disk(run, model, cfg.keep_checkpoints)
+    model, tokenizer, processor = make(cfg)
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    check_disk(run, n_trained, n_all if write is export else n_trained, cfg.keep_checkpoints)
     processor.trained_on = ("lanczos3", "center_crop") if cfg.image_aug else ("lanczos3",)
-    freeze(model, cfg.train_parts)
     if cfg.activation_checkpointing:
         for block in blocks_of(model):
             block.forward = lambda *args, run_block=block.forward: recompute(run_block, *args, use_reentrant=False)
     if sharded or cuda:
         if not dist.is_initialized():  # one GPU: the same path, so float32 weights and bfloat16 compute
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-        shard(model, "cuda" if cuda else "cpu", bf16)
-    model.float().train()
+        shard(model, "cuda" if cuda else "cpu", cfg.bf16 and cuda)
+    model.train()
     optimizer = build_optimizer(model, cfg, fused=cuda or not sharded)
     step = 0
     newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
     if newest:
-        before = json.loads((newest[0] / "train.json").read_text())["statistics"]
-        if before != stats:
+        before = json.loads((newest[0] / "train.json").read_text())
+        if before["statistics"] != stats:
             raise ValueError(
-                f"{newest[0]}: trained with statistics of {sorted(before)} that are not those of the data now, "
-                f"{sorted(stats)}; give the same data, or --resume never to start anew"
+                f"{newest[0]}: trained with statistics of {sorted(before['statistics'])} that are not those of the "
+                f"data now, {sorted(stats)}; give the same data, or --resume never to start anew"
             )
+        if n_trained < n_all and before["config"]["base_checkpoint"] != cfg.base_checkpoint:
+            raise ValueError(f"{newest[0]}: its frozen parts are in {before['config']['base_checkpoint']}, not in "
+                             f"{cfg.base_checkpoint}; give that --base_checkpoint")  # fmt: skip
         step = load(newest[0], model, optimizer)
 
     mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug)
@@ -342,8 +367,7 @@ def train(cfg: Config) -> dict:
     stop = []
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     if main_process():
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{trained / 1e6:.1f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters train, "
+        print(f"{n_trained / 1e6:.1f} M of {n_all / 1e6:.1f} M parameters train, "
               f"{sum(map(len, mixture.datasets)):,} frames in {len(parts)} datasets, from step {step}")  # fmt: skip
         for line in [line for name, s in stats.items() for line in warn_constant(name, s["action"])]:
             print(f"warning: {line}")
@@ -392,7 +416,7 @@ def train(cfg: Config) -> dict:
             if log and metrics:
                 plot_curves(run)
             if cfg.export_every_save or step == cfg.max_steps:
-                export(run / "checkpoint", model, tokenizer, processor, stats, bf16)
+                write(run, model, tokenizer, processor, stats, cfg)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if log:
