@@ -12,7 +12,10 @@ OpenVLA section 5.3, https://arxiv.org/abs/2406.09246; vla-scripts/finetune.py o
 QLoRA https://arxiv.org/abs/2305.14314.
 """
 
-from dataclasses import dataclass
+import json
+import sys
+import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,8 +36,7 @@ class Config(train.Config):
     quantize_base: str = ""  # nf4: keep the frozen weights in 4 bits (QLoRA)
     merge: str = ""  # instead of training: a run folder, to be folded into its base ...
     out: str = ""  # ... and written here
-    # other defaults than train.py's, as in the official script
-    base_checkpoint: str = ""  # folder in Hugging Face layout
+    # defaults other than train.py's, as in the official script
     batch_size: int = 16
     micro_batch_size: int = 16
     max_steps: int = 200_000
@@ -42,8 +44,6 @@ class Config(train.Config):
     weight_decay: float = 0.01
     grad_clip: float = 0.0
     save_every: int = 5000
-    # the toy world
-    toy_compare: bool = False  # afterwards fine-tune all weights as long, for comparison
 
 
 def build(cfg: Config):
@@ -81,6 +81,33 @@ def check(cfg: Config):
         raise ValueError("--train_parts is for train.py; here --lora_targets says where the adapters go")
 
 
+def toy_transfer(cfg: Config):
+    """The toy world's model in a changed world: before, with adapters, and with all weights trained as long."""
+    import play
+    import sample
+    import toy
+
+    if not (Path(cfg.data_root_dir) / cfg.data_mix).is_dir():
+        episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, toy.CHANGED)
+        toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
+
+    def show(name: str, folder: str, key: str) -> float:
+        ok = play.play(sample.load(folder), cfg.toy_scenes, key, toy.CHANGED).success
+        play.report(name, ok)
+        return float(ok.mean())
+
+    full = {f.name: getattr(cfg, f.name) for f in fields(train.Config)} | dict(run_dir=f"{cfg.run_dir}/full")
+    start = time.perf_counter()
+    result = {"before": show("the toy model in the changed world", cfg.base_checkpoint, "toy")}
+    train.train(cfg, build, export)
+    result["lora"] = show("adapters trained", cfg.run_dir, cfg.data_mix)
+    result["seconds"] = time.perf_counter() - start
+    train.train(train.Config(**full))
+    result["full"] = show("all weights trained", f"{cfg.run_dir}/full/checkpoint", cfg.data_mix)
+    with open(Path(cfg.run_dir) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({f"toy/{k}": v for k, v in result.items()}) + "\n")
+
+
 def main(cfg: Config):
     try:
         check(cfg)
@@ -88,7 +115,10 @@ def main(cfg: Config):
             merge(cfg.merge, cfg.out)
             print(f"{cfg.out}: {cfg.merge} folded into its base")
             return
-        train.train(cfg, build, export)
+        if cfg.toy_episodes:
+            toy_transfer(cfg)
+        else:
+            train.train(cfg, build, export)
     except (ValueError, OSError) as error:
         fail(error)
     finally:
@@ -97,4 +127,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(configure(Config))
+    main(configure(Config, sys.argv[1:] or ["--config", "toy_lora.py"]))

@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def wrap(model: OpenVLA, ranks: dict[str, int], alpha: float, dropout: float):
             continue
         *path, last = name.split(".")
         parent, base = model.get_submodule(".".join(path)), model.get_submodule(name)
-        device = next(iter(base.state_dict().values())).device
+        device = next(chain(base.parameters(), base.buffers())).device
         wrapped = LoRALinear(base, rank, alpha, dropout).to(device=device).train(model.training)
         if isinstance(parent, nn.ModuleDict):
             parent[last] = wrapped

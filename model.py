@@ -318,12 +318,13 @@ class OpenVLA(nn.Module):
         self.unused: dict[str, Tensor] = {}  # tensors of the checkpoint that never run, written again as they came
 
     def init_weights(self, seed: int = 0):
-        """Random weights for training from scratch: normal with std 0.02, norms at one, biases at zero."""
+        """Random weights for training from scratch: norms 1, biases 0, layers so that signals keep their size."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-            if p.dim() > 1:
-                nn.init.normal_(p, std=0.02, generator=generator)
+            if p.dim() > 1:  # words, places and prefix tokens are added or looked up, not multiplied
+                table = "embed" in name and "proj" not in name or name.endswith("_token")
+                nn.init.normal_(p, std=0.2 if table else p[0].numel() ** -0.5, generator=generator)
         return self
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:

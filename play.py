@@ -37,27 +37,36 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def evaluate(policy: Policy, scenes: int, out: Path) -> dict:
-    """Print and return the three success rates (fractions); write a film of eight rollouts and a plot to `out`."""
+def play(policy: Policy, scenes: int, unnorm_key: str = "", world: toy.World = toy.World(), **options) -> toy.Result:  # noqa: B008
+    """The policy in that many unseen scenes; further options as those of toy.rollout."""
 
     def act(images: np.ndarray, instructions: list[str]) -> np.ndarray:
-        return predict_action(policy, list(images), instructions)
+        return predict_action(policy, list(images), instructions, unnorm_key)
 
+    return toy.rollout(act, toy.TEST, scenes, world, **options)
+
+
+def report(name: str, ok: np.ndarray):
+    low, high = wilson(int(ok.sum()), len(ok))
+    print(f"{name:48s} {ok.mean():6.1%}   (95 % interval {low:.1%} to {high:.1%}, {len(ok)} unseen scenes)")
+
+
+def evaluate(policy: Policy, scenes: int, out: Path) -> dict:
+    """Print and return the three success rates (fractions); write a film of eight rollouts and a plot to `out`."""
     start = time.perf_counter()
-    trained = toy.rollout(act, toy.TEST, scenes, record=8)
-    swapped = toy.rollout(act, toy.TEST, scenes, swap=True)
+    trained = play(policy, scenes, record=8)
+    swapped = play(policy, scenes, swap=True)
     toy.save_gif(out / "rollouts.gif", trained.episodes)
     plot_actions(policy, out / "actions.png")
     weights = {k: v.clone() for k, v in policy.model.state_dict().items()}
     policy.model.init_weights(seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untrained model writes no actions; they are decoded all the same
-        untrained = toy.rollout(act, toy.TEST, scenes)
+        untrained = play(policy, scenes)
     policy.model.load_state_dict(weights)
     rows = dict(success=trained.success, success_untrained=untrained.success, success_swapped=swapped.success)
     for name, ok in {**rows, "success of the other object, when that is named": swapped.other}.items():
-        low, high = wilson(int(ok.sum()), scenes)
-        print(f"{name:48s} {ok.mean():6.1%}   (95 % interval {low:.1%} to {high:.1%}, {scenes} unseen scenes)")
+        report(name, ok)
     print(f"{trained.steps.mean():.1f} steps on average; {time.perf_counter() - start:.0f} s")
     return {f"toy/{name}": float(ok.mean()) for name, ok in rows.items()}
 

@@ -8,30 +8,26 @@ A small world to learn in: a table seen from above with three objects on it, and
 Actions are those of Bridge V2: (dx, dy, dz, droll, dpitch, dyaw) in metres and radians, and a gripper that is 1 for
 open and 0 for closed. Nothing turns here. x points right, y away, z up, all from the table's middle.
 
-RLDS https://arxiv.org/abs/2111.02767, tfrecord and tf.train.Example as in tensorflow/core/lib/io/record_writer.h and
-tensorflow/core/example/example.proto, disturbed demonstrations as in DART https://arxiv.org/abs/1703.09327.
+Disturbed demonstrations as in DART, https://arxiv.org/abs/1703.09327.
 Axes: n scenes, K objects, T steps of an episode.
 """
 
 import argparse
-import io
-import json
-import shutil
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE, VIEW = 224, 0.4  # pixels and metres along an edge of the picture
-STEP, GRID = np.array([0.075, 0.075, 0.05]), np.array([0.025, 0.025, 0.05])  # longest and shortest move, metres
-HOME, HOVER, TOP = 0.06, 0.10, 0.14  # where the gripper starts, the height it travels at and the highest
+from rlds_writer import write_rlds
+
+SIZE, VIEW = 224, 0.3  # pixels and metres along an edge of the picture
+STEP, GRID = np.array([0.075, 0.075, 0.1]), np.array([0.025, 0.025, 0.1])  # longest and shortest move, metres
+HOME, HOVER, TOP = 0.04, 0.1, 0.14  # where the gripper starts, the height it travels at and the highest
 REACH, NEAR, LOW, LIFTED = 0.035, 0.025, 0.03, 0.08  # grasps within, the expert's own, grasps below, is picked up above
-MAX_STEPS, SHOVE = 20, 4  # one disturbance in ten is so much larger
+MAX_STEPS, SHOVE, SHOVES = 20, 8, 0.15  # disturbances that are so much larger, and how often
 TRAIN, VAL, TEST = 0, 1, 2  # seeds; no two have a scene in common
 
 RGB = dict(red=(218, 44, 50), green=(42, 158, 70), blue=(38, 96, 214), yellow=(244, 206, 44), purple=(142, 66, 190))
@@ -45,16 +41,16 @@ WORDS = tuple(dict.fromkeys([*" ".join(PHRASES).split(), *RGB, *SHAPES]))  # all
 class World:
     """What differs from one robot to the next."""
 
-    colors: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple")
+    colors: tuple[str, ...] = ("red", "green", "blue")
     table: tuple[int, int, int] = (128, 128, 128)
     follows: bool = True  # the camera is above the gripper; else above the table's middle
     turns: int = 0  # quarter turns of the camera, anticlockwise
     open_value: float = 1.0  # of the gripper's action; one minus it closes
     noise: float = 0.012  # metres, spread of what demonstrations do around what they record
-    alone: float = 0.5  # share of the demonstrations in which the named object is the only one
+    tidy: float = 0.25  # share of the demonstrations in which each colour has its place: a first hold for words
 
 
-CHANGED = World(("orange", "pink", "cyan", "black", "red"), table=(96, 122, 128), turns=1, open_value=0.0)
+CHANGED = World(("orange", "pink", "cyan"), table=(96, 122, 128), turns=1, open_value=0.0)
 
 
 @dataclass
@@ -73,14 +69,18 @@ class Scene:
         return self.held == k and bool(self.objects[k, 2] >= LIFTED)
 
 
-def make_scene(seed: int, index: int, world: World) -> Scene:
-    """Scene number `index` of the endless list that `seed` stands for."""
+def make_scene(seed: int, index: int, world: World, tidy: bool = False) -> Scene:
+    """Scene number `index` of the endless list that `seed` stands for. tidy: colours stand in the world's order."""
     rng = np.random.default_rng([seed, index])
     gaps = np.zeros((3, 3))
-    while gaps.min() < 0.085:  # metres between objects
-        objects = np.pad(rng.uniform(-0.14, 0.14, (3, 2)), ((0, 0), (0, 1)))
+    while gaps.min() < 0.12:  # metres between objects
+        objects = np.pad(rng.uniform(-0.11, 0.11, (3, 2)), ((0, 0), (0, 1)))
         gaps = np.linalg.norm(objects[:, None] - objects, axis=-1) + np.eye(3)
-    names = [f"{c} {s}" for c, s in zip(rng.permutation(world.colors)[:3], rng.choice(SHAPES, 3), strict=True)]
+    colors = rng.permutation(world.colors)[:3].tolist()
+    if tidy:
+        places = np.linspace(-0.09, 0.09, len(world.colors))[[world.colors.index(c) for c in colors]]
+        objects[:, 0] = places + rng.uniform(-0.02, 0.02, 3)
+    names = [f"{c} {s}" for c, s in zip(colors, rng.choice(SHAPES, 3), strict=True)]
     gripper, (named, other) = np.append(rng.uniform(-HOME, HOME, 2), HOVER), rng.permutation(3)[:2].tolist()
     return Scene(names, objects, gripper, str(rng.choice(PHRASES)), named, other)
 
@@ -141,8 +141,8 @@ def draw(scene: Scene, world: World) -> np.ndarray:
     things = []
     for k in sorted(range(len(scene.names)), key=lambda k: k == scene.held):  # what is held covers the rest
         color, shape = scene.names[k].split()
-        things.append((shape, RGB[color], 0.05, scene.objects[k]))
-    things.append(("open" if scene.is_open else "closed", (70, 74, 84), 0.09, scene.gripper))
+        things.append((shape, RGB[color], 0.1, scene.objects[k]))
+    things.append(("open" if scene.is_open else "closed", (70, 74, 84), 0.05, scene.gripper))
     for kind, rgb, width, xyz in things:
         picture, shadow = sprite(kind, rgb, round(width * (1 + 4 * xyz[2]) * scale))
         x, y = (int(round(SIZE / 2 + v * scale)) - picture.width // 2 for v in (xyz - middle)[:2] * [1, -1])
@@ -189,7 +189,7 @@ class Result:
     episodes: list[dict] = field(default_factory=list)  # the recorded ones
 
 
-def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.0, alone=False) -> Result:  # noqa: B008
+def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.0, tidy=False) -> Result:  # noqa: B008
     """
     Act in scenes first ... first + n - 1 of `seed`, all at once; a scene that is done takes no further part.
 
@@ -197,13 +197,11 @@ def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.
     gripper values; None: the expert. swap: the instruction names another object of the scene, and picking up that
     one ends it. record: the first so many come back as episodes, dicts of image (T + 1, 224, 224, 3) uint8, state
     and action (T, 7) float32, instruction. noise: metres, spread of what is done around what `act` says and what is
-    recorded. alone: the objects that are not named are taken away.
+    recorded. tidy: as in `make_scene`.
     """
-    scenes = [make_scene(seed, first + i, world) for i in range(n)]
+    scenes = [make_scene(seed, first + i, world, tidy) for i in range(n)]
     asked = [s.other if swap else s.named for s in scenes]
     texts = [s.phrase.format(s.names[k]) for s, k in zip(scenes, asked, strict=True)]
-    for scene, k in zip(scenes, asked, strict=True) if alone else ():
-        scene.objects[np.arange(len(scene.objects)) != k] += [9, 0, 0]
     rng, live = np.random.default_rng([seed, first, n]), list(range(n))
     result = Result(np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, int))
     rows = [[] for _ in scenes]  # T of (image, state, action) per scene
@@ -217,7 +215,7 @@ def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.
             scene, keep = scenes[i], i < record
             state = np.array([*scene.gripper, 0, 0, 0, scene.is_open], np.float32)
             rows[i] += [(image, state, np.asarray(action, np.float32))] * keep
-            shift = rng.normal(0, noise, 3) * ([SHOVE, SHOVE, 1] if rng.random() < 0.1 else 1)
+            shift = rng.normal(0, noise, 3) * ([SHOVE, SHOVE, 1] if rng.random() < SHOVES else 1)
             step(scene, action + np.pad(shift, (0, 4)), world)
             result.steps[i] += 1
             result.success[i], result.other[i] = scene.is_done(scene.named), scene.is_done(scene.other)
@@ -235,8 +233,8 @@ def demonstrations(seed: int, n: int, world: World = World()) -> Iterator[dict]:
     """n successful episodes of the expert. It is disturbed, so that it shows how to recover."""
     index = made = 0
     while made < n:
-        alone = index % 100 < 100 * world.alone
-        result = rollout(None, seed, 1, world, record=1, first=index, noise=world.noise, alone=alone)
+        tidy = index % 100 < 100 * world.tidy
+        result = rollout(None, seed, 1, world, record=1, first=index, noise=world.noise, tidy=tidy)
         if result.success[0]:
             yield result.episodes[0]
         index, made = index + 1, made + result.success[0]
@@ -248,95 +246,6 @@ def save_gif(path: str | Path, episodes: list[dict]):
     clips = [np.pad(e["image"], [(0, length - len(e["image"])), *[(0, 0)] * 3], "edge") for e in episodes]
     first, *rest = [Image.fromarray(frame) for frame in np.concatenate(clips, axis=2)]
     first.save(path, save_all=True, append_images=rest, duration=250, loop=0)
-
-
-# -----------------------------------------------------------------------------
-# RLDS, as TensorFlow Datasets keeps it
-
-
-def varint(n: int) -> bytes:
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-
-
-def message(number: int, content: bytes) -> bytes:
-    """Field `number` of a protocol buffer."""
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def encode_episode(episode: dict) -> bytes:
-    """An episode of `rollout`, less its last picture, as a tf.train.Example; pictures as JPEG of quality 95."""
-    T, pictures, entries = len(episode["action"]), [], b""
-    for image in episode["image"][:T]:
-        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=95)
-        pictures.append(file.getvalue())
-    last = np.arange(T) == T - 1
-    steps = {"observation/image": pictures, "observation/state": episode["state"], "action": episode["action"]}
-    steps |= dict(language_instruction=[episode["instruction"].encode()] * T, is_first=np.arange(T) == 0)
-    steps |= dict(is_last=last, is_terminal=last, reward=last.astype("<f4"), discount=np.ones(T, "<f4"))
-    for key, values in steps.items():  # each flat: bytes_list is field 1, float_list 2, int64_list 3
-        if isinstance(values, list):
-            feature = message(1, b"".join(message(1, v) for v in values))
-        else:
-            feature = message(3 if values.dtype == bool else 2, message(1, values.tobytes()))
-        entries += message(1, message(1, f"steps/{key}".encode()) + message(2, feature))
-    return message(1, entries)
-
-
-def features_json() -> dict:
-    """What features.json says about the steps of `encode_episode`."""
-
-    def feature(name: str, **content) -> dict:
-        return dict(pythonClassName=f"tensorflow_datasets.core.features.{name}", **content)
-
-    def tensor(dtype: str, *shape: int, **more: str) -> dict:
-        return dict(shape=dict(dimensions=[str(n) for n in shape]) if shape else {}, dtype=dtype, **more)
-
-    vector = feature("tensor_feature.Tensor", tensor=tensor("float32", 7, encoding="none"))
-    image = feature("image_feature.Image", image=tensor("uint8", SIZE, SIZE, 3, encodingFormat="jpeg"))
-    text = feature("text_feature.Text", text={})
-    observation = feature("features_dict.FeaturesDict", featuresDict=dict(features=dict(image=image, state=vector)))
-    steps = dict(observation=observation, action=vector, language_instruction=text)
-    for key in ("is_first", "is_last", "is_terminal", "reward", "discount"):
-        dtype = "bool" if key.startswith("is_") else "float32"
-        steps[key] = feature("scalar.Scalar", tensor=tensor(dtype, encoding="none"))
-    steps = feature("features_dict.FeaturesDict", featuresDict=dict(features=steps))
-    steps = feature("dataset_feature.Dataset", sequence=dict(feature=steps, length="-1"))
-    return feature("features_dict.FeaturesDict", featuresDict=dict(features=dict(steps=steps)))
-
-
-def write_tfrecord(path: Path, records: list[bytes]):
-    """Each record behind its length, both with a checksum (crc32c, rotated and offset)."""
-    from google_crc32c import value as crc32c
-
-    with open(path, "wb") as f:
-        for part in (part for record in records for part in (struct.pack("<Q", len(record)), record)):
-            crc = crc32c(part)
-            f.write(part + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF))
-
-
-def write_rlds(folder: str | Path, splits: dict[str, Iterable[dict]], name: str = "toy", shard: int = 300) -> Path:
-    """
-    Write the episodes of each split to folder/name/1.0.0, `shard` of them to a file. Returns that folder, which
-    appears when it is whole and takes the place of an older one.
-    """
-    to = Path(folder) / name / "1.0.0"
-    tmp, infos = to.with_name(".1.0.0.tmp"), []
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for split, episodes in splits.items():
-        lengths, total, records = [], 0, map(encode_episode, episodes)
-        while part := list(islice(records, shard)):
-            write_tfrecord(tmp / f"part-{len(lengths)}", part)
-            lengths, total = [*lengths, str(len(part))], total + sum(map(len, part))
-        for i in range(len(lengths)):
-            (tmp / f"part-{i}").rename(tmp / f"{name}-{split}.tfrecord-{i:05d}-of-{len(lengths):05d}")
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        infos.append(dict(name=split, filepathTemplate=template, numBytes=str(total), shardLengths=lengths))
-    info = dict(name=name, version="1.0.0", fileFormat="tfrecord", moduleName="toy", splits=infos)
-    (tmp / "features.json").write_text(json.dumps(features_json(), indent=2))
-    (tmp / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    shutil.rmtree(to, ignore_errors=True)
-    return tmp.rename(to)
 
 
 if __name__ == "__main__":

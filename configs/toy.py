@@ -17,31 +17,31 @@ run_dir = "runs/toy"
 image_aug = False
 random_model = {
     "vision_configs": [
-        dict(embed_dim=96, depth=3, num_heads=4, img_size=56, mlp_dim=384),
+        dict(embed_dim=32, depth=2, num_heads=2, img_size=42, mlp_dim=128),
         dict(
-            embed_dim=96,
-            depth=3,
-            num_heads=4,
-            img_size=56,
-            mlp_dim=384,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            img_size=42,
+            mlp_dim=128,
             cls_token=False,
             reg_tokens=0,
             layer_scale=False,
         ),
     ],
     "text_config": dict(
-        vocab_size=32064, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
+        vocab_size=32064, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2
     ),
 }
-batch_size = 32
-micro_batch_size = 32
-lr = 1e-3
-schedule = "cosine"
+batch_size = 24
+micro_batch_size = 24
+lr = 6e-4
+schedule = "step"
+decay_step = 2400
 warmup_steps = 60
 beta2 = 0.95
-weight_decay = 0.01
-max_steps = 2500
+max_steps = 2700
 activation_checkpointing = False
-log_every = 50
-save_every = 500
+log_every = 100
+save_every = 1000
 num_workers = 1
