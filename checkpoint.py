@@ -26,7 +26,7 @@ def base_of(folder: str | Path) -> Path | None:
     places = [Path(name).expanduser(), Path(folder) / name, Path(folder).parent / Path(name).name]
     if found := next((p for p in places if name and p.is_dir()), None):
         return found
-    raise FileNotFoundError(f"{file}: the base checkpoint {name!r} is not there; bring it, or set base_model_name_or_path")
+    raise FileNotFoundError(f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to it")
 
 
 def home_of(folder: str | Path, file: str) -> Path:

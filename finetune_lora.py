@@ -8,8 +8,8 @@ Fine-tune on one GPU: only low-rank adapters train, the base checkpoint stays as
 The loop is that of train.py. The run folder holds the adapter in PEFT's files, the dataset statistics and the
 preprocessing beside what train.py leaves; sample.py takes it as it is, or the merged folder.
 
-OpenVLA section 5.3, https://arxiv.org/abs/2406.09246; vla-scripts/finetune.py of github.com/openvla/openvla; 4-bit base:
-QLoRA https://arxiv.org/abs/2305.14314.
+OpenVLA section 5.3, https://arxiv.org/abs/2406.09246; vla-scripts/finetune.py of github.com/openvla/openvla; QLoRA
+https://arxiv.org/abs/2305.14314.
 """
 
 import json
@@ -92,7 +92,7 @@ def toy_transfer(cfg: Config):
         toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
 
     def show(name: str, folder: str, key: str) -> float:
-        ok = play.play(sample.load(folder), cfg.toy_scenes, key, toy.CHANGED).success
+        ok = play.play(sample.load(folder), cfg.toy_scenes, key, world=toy.CHANGED).success
         play.report(name, ok)
         return float(ok.mean())
 

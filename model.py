@@ -318,13 +318,13 @@ class OpenVLA(nn.Module):
         self.unused: dict[str, Tensor] = {}  # tensors of the checkpoint that never run, written again as they came
 
     def init_weights(self, seed: int = 0):
-        """Random weights for training from scratch: norms 1, biases 0, layers so that signals keep their size."""
-        generator = torch.Generator().manual_seed(seed)
+        """Random weights for training from scratch. Layers keep a signal's size; tables are looked up or added."""
+        g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-            if p.dim() > 1:  # words, places and prefix tokens are added or looked up, not multiplied
-                table = "embed" in name and "proj" not in name or name.endswith("_token")
-                nn.init.normal_(p, std=0.2 if table else p[0].numel() ** -0.5, generator=generator)
+            if p.dim() > 1:
+                table = name.endswith(("pos_embed", "_token", "embed_tokens.weight"))
+                nn.init.normal_(p, 0, 0.2 if table else p[0].numel() ** -0.5, g)
         return self
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
@@ -412,8 +412,7 @@ class OpenVLA(nn.Module):
             write_atomically(Path(folder) / file, lambda tmp, part=part: save_file(part, tmp, {"format": "pt"}))
         saved = {"torch_dtype": str(dtype or next(self.parameters()).dtype).removeprefix("torch.")}
         write_json(Path(folder) / "config.json", self.cfg.to_dict() | saved)
-        where = {name: file for file, names in files.items() for name in names}
-        write_json(Path(folder) / INDEX, {"metadata": {}, "weight_map": where})
+        write_json(Path(folder) / INDEX, {"metadata": {}, "weight_map": {k: f for f, ks in files.items() for k in ks}})
 
 
 def is_unused(name: str, cfg: OpenVLAConfig) -> bool:

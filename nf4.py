@@ -33,7 +33,7 @@ def quantize(weight: Tensor) -> dict[str, Tensor]:
     sizes = blocks(largest - offset, GROUP)
     scale = sizes.abs().amax(1, keepdim=True) / 127
     sizes = (sizes / scale.clamp_min(1e-30)).round().to(torch.int8)
-    kept = restore_sizes(sizes, scale, offset)[: len(rows), None]  # levels are chosen for the sizes as they will be read
+    kept = restore_sizes(sizes, scale, offset)[: len(rows), None]  # as it will be read
     codes = torch.bucketize(rows / kept.clamp_min(1e-30), middles).to(torch.uint8).view(-1, 2)
     return dict(weight_nf4=codes[:, :1] << 4 | codes[:, 1:], sizes=sizes, scale=scale, offset=offset)
 

@@ -37,13 +37,13 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def play(policy: Policy, scenes: int, unnorm_key: str = "", world: toy.World = toy.World(), **options) -> toy.Result:  # noqa: B008
+def play(policy: Policy, scenes: int, unnorm_key: str = "", **options) -> toy.Result:
     """The policy in that many unseen scenes; further options as those of toy.rollout."""
 
     def act(images: np.ndarray, instructions: list[str]) -> np.ndarray:
         return predict_action(policy, list(images), instructions, unnorm_key)
 
-    return toy.rollout(act, toy.TEST, scenes, world, **options)
+    return toy.rollout(act, toy.TEST, scenes, **options)
 
 
 def report(name: str, ok: np.ndarray):

@@ -1,7 +1,7 @@
 """
 Write demonstrations as an RLDS dataset: a folder that TensorFlow Datasets opens, and rlds.py reads. Without TensorFlow.
 
-    write_rlds(folder, {"train": episodes}, name)  ->  folder/name/1.0.0/{features.json, dataset_info.json, *.tfrecord-*}
+    write_rlds(folder, {"train": episodes}, name)  ->  folder/name/1.0.0: features.json, dataset_info.json, *.tfrecord-*
 
 RLDS https://arxiv.org/abs/2111.02767, tfrecord and tf.train.Example as in tensorflow/core/lib/io/record_writer.h and
 tensorflow/core/example/example.proto. Axes: T steps of an episode, A dimensions of an action, H = W side of a picture.

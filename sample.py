@@ -23,7 +23,6 @@ from tqdm import tqdm
 from checkpoint import base_of, check_folder, home_of
 from configurator import configure, fail
 from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
-from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
 from tokenizer import PAD, Tokenizer, decode_action, is_action_id, pad_sequences, prompt_for, unnormalize
 
@@ -34,7 +33,7 @@ UNITS = [("dx", "m"), ("dy", "m"), ("dz", "m"), ("droll", "rad"), ("dpitch", "ra
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout: openvla-7b, a fine-tuned model, runs/.../checkpoint, a LoRA run
+    checkpoint: str = ""  # folder in Hugging Face layout: openvla-7b, runs/.../checkpoint, ...; or a LoRA run
     image: tuple[str, ...] = ()  # picture files, one or more
     instruction: tuple[str, ...] = ()  # one for all pictures, or one for each; put it in quotes
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
@@ -67,6 +66,8 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
     dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
     model = OpenVLA.from_pretrained(base or checkpoint, dtype, device, progress)
     if base:
+        from lora import load_adapter
+
         load_adapter(model, checkpoint)
     return Policy(model, tokenizer, processor, config.extra["norm_stats"], str(checkpoint))
 

@@ -26,7 +26,7 @@ from rlds_writer import write_rlds
 SIZE, VIEW = 224, 0.3  # pixels and metres along an edge of the picture
 STEP, GRID = np.array([0.075, 0.075, 0.1]), np.array([0.025, 0.025, 0.1])  # longest and shortest move, metres
 HOME, HOVER, TOP = 0.04, 0.1, 0.14  # where the gripper starts, the height it travels at and the highest
-REACH, NEAR, LOW, LIFTED = 0.035, 0.025, 0.03, 0.08  # grasps within, the expert's own, grasps below, is picked up above
+REACH, NEAR, LOW, LIFTED = 0.05, 0.025, 0.03, 0.08  # grasps within, the expert's own, grasps below, is picked up above
 MAX_STEPS, SHOVE, SHOVES = 20, 8, 0.15  # disturbances that are so much larger, and how often
 TRAIN, VAL, TEST = 0, 1, 2  # seeds; no two have a scene in common
 
@@ -47,7 +47,7 @@ class World:
     turns: int = 0  # quarter turns of the camera, anticlockwise
     open_value: float = 1.0  # of the gripper's action; one minus it closes
     noise: float = 0.012  # metres, spread of what demonstrations do around what they record
-    tidy: float = 0.25  # share of the demonstrations in which each colour has its place: a first hold for words
+    tidy: float = 0.4  # share of the demonstrations in which each colour has its place: a first hold for words
 
 
 CHANGED = World(("orange", "pink", "cyan"), table=(96, 122, 128), turns=1, open_value=0.0)
@@ -69,8 +69,11 @@ class Scene:
         return self.held == k and bool(self.objects[k, 2] >= LIFTED)
 
 
-def make_scene(seed: int, index: int, world: World, tidy: bool = False) -> Scene:
-    """Scene number `index` of the endless list that `seed` stands for. tidy: colours stand in the world's order."""
+def make_scene(seed: int, index: int, world: World, tidy: bool = False, turn: int = 0) -> Scene:
+    """
+    Scene number `index` of the endless list that `seed` stands for. tidy: colours stand in the world's order, left to
+    right. turn 1 or 2: the same, but another object is named.
+    """
     rng = np.random.default_rng([seed, index])
     gaps = np.zeros((3, 3))
     while gaps.min() < 0.12:  # metres between objects
@@ -80,8 +83,9 @@ def make_scene(seed: int, index: int, world: World, tidy: bool = False) -> Scene
     if tidy:
         places = np.linspace(-0.09, 0.09, len(world.colors))[[world.colors.index(c) for c in colors]]
         objects[:, 0] = places + rng.uniform(-0.02, 0.02, 3)
-    names = [f"{c} {s}" for c, s in zip(colors, rng.choice(SHAPES, 3), strict=True)]
+    names = [f"{c} {s}" for c, s in zip(colors, rng.permutation(SHAPES), strict=True)]
     gripper, (named, other) = np.append(rng.uniform(-HOME, HOME, 2), HOVER), rng.permutation(3)[:2].tolist()
+    named, other = (named + turn) % 3, (other + turn) % 3
     return Scene(names, objects, gripper, str(rng.choice(PHRASES)), named, other)
 
 
@@ -189,7 +193,7 @@ class Result:
     episodes: list[dict] = field(default_factory=list)  # the recorded ones
 
 
-def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.0, tidy=False) -> Result:  # noqa: B008
+def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.0, **options) -> Result:  # noqa: B008
     """
     Act in scenes first ... first + n - 1 of `seed`, all at once; a scene that is done takes no further part.
 
@@ -197,9 +201,9 @@ def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.
     gripper values; None: the expert. swap: the instruction names another object of the scene, and picking up that
     one ends it. record: the first so many come back as episodes, dicts of image (T + 1, 224, 224, 3) uint8, state
     and action (T, 7) float32, instruction. noise: metres, spread of what is done around what `act` says and what is
-    recorded. tidy: as in `make_scene`.
+    recorded. options: of `make_scene`.
     """
-    scenes = [make_scene(seed, first + i, world, tidy) for i in range(n)]
+    scenes = [make_scene(seed, first + i, world, **options) for i in range(n)]
     asked = [s.other if swap else s.named for s in scenes]
     texts = [s.phrase.format(s.names[k]) for s, k in zip(scenes, asked, strict=True)]
     rng, live = np.random.default_rng([seed, first, n]), list(range(n))
@@ -233,8 +237,9 @@ def demonstrations(seed: int, n: int, world: World = World()) -> Iterator[dict]:
     """n successful episodes of the expert. It is disturbed, so that it shows how to recover."""
     index = made = 0
     while made < n:
-        tidy = index % 100 < 100 * world.tidy
-        result = rollout(None, seed, 1, world, record=1, first=index, noise=world.noise, tidy=tidy)
+        i, turn = divmod(index, 3)  # each scene once for each object: only the words tell the three apart
+        tidy = i % 100 < 100 * world.tidy
+        result = rollout(None, seed, 1, world, record=1, first=i, noise=world.noise, tidy=tidy, turn=turn)
         if result.success[0]:
             yield result.episodes[0]
         index, made = index + 1, made + result.success[0]

@@ -17,30 +17,30 @@ run_dir = "runs/toy"
 image_aug = False
 random_model = {
     "vision_configs": [
-        dict(embed_dim=32, depth=2, num_heads=2, img_size=42, mlp_dim=128),
+        dict(embed_dim=64, depth=2, num_heads=4, img_size=42, mlp_dim=256),
         dict(
-            embed_dim=32,
+            embed_dim=64,
             depth=2,
-            num_heads=2,
+            num_heads=4,
             img_size=42,
-            mlp_dim=128,
+            mlp_dim=256,
             cls_token=False,
             reg_tokens=0,
             layer_scale=False,
         ),
     ],
     "text_config": dict(
-        vocab_size=32064, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=32064, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
     ),
 }
 batch_size = 24
 micro_batch_size = 24
 lr = 6e-4
 schedule = "step"
-decay_step = 2400
+decay_step = 2600
 warmup_steps = 60
 beta2 = 0.95
-max_steps = 2700
+max_steps = 3000
 activation_checkpointing = False
 log_every = 100
 save_every = 1000

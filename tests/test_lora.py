@@ -1,4 +1,4 @@
-"""LoRA and NF4: equal to PEFT's numbers and files, identity at the start, merged = unmerged, resumed = uninterrupted."""
+"""LoRA and NF4: PEFT's numbers and files, identity at the start, merged = unmerged, resumed = uninterrupted."""
 
 import hashlib
 import json
