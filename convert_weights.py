@@ -34,6 +34,7 @@ from tqdm import tqdm
 from checkpoint import check_folder, read_header, refuse_pointer, weight_files
 from configurator import fail
 from image import ImageProcessor
+from lora import merge as merge_lora
 from model import INDEX, SHARD_BYTES, TOWERS, OpenVLA, OpenVLAConfig, is_unused, write_atomically, write_json
 from tokenizer import PAD, Tokenizer, prompt_for
 
@@ -304,14 +305,6 @@ def hf_to_prismatic(folder, out):
     write_json(out / "config.json", run)
 
 
-def merge_lora(run, out):
-    try:
-        from finetune_lora import merge
-    except ImportError as error:
-        raise ValueError(f"merge-lora needs finetune_lora.py beside this file ({error})") from None
-    merge(run, out)
-
-
 # -----------------------------------------------------------------------------
 # check: what a folder is, and who can load it
 
@@ -384,7 +377,7 @@ def check_adapter(folder: Path, official: list):
         raise ValueError(f"{min(wrong)} needs a lora_A and a lora_B of rank {rank}, as adapter_config.json says")
     yield f"rank {rank}, alpha {info.get('lora_alpha')}, on {info.get('base_model_name_or_path')}"
     yield f"complete: {len(halves[0])} layers, each with lora_A and lora_B of that rank"
-    yield "loads in this code: after `merge-lora`"
+    yield "loads in this code: on its base checkpoint, or after `merge-lora`"
 
 
 def describe(tensors: dict, stats: dict):
@@ -409,7 +402,8 @@ def official_limits(tensors: dict, cfg: OpenVLAConfig) -> list[str]:
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    functions = {f.__name__.replace("_", "-"): f for f in (prismatic_to_hf, hf_to_prismatic, merge_lora, check)}
+    functions = {"prismatic-to-hf": prismatic_to_hf, "hf-to-prismatic": hf_to_prismatic, "merge-lora": merge_lora}
+    functions["check"] = check
     for name in functions:
         commands.add_parser(name).add_argument("source")
         if name != "check":

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import nf4
 import train
 from configurator import configure, fail
-from lora import PARTS, add_lora, lora_state, merge, save_adapter
+from lora import PARTS, add_lora, merge, save_adapter
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Config(train.Config):
     weight_decay: float = 0.01
     grad_clip: float = 0.0
     save_every: int = 5000
+    export_every_save: bool = True  # the adapter, with each checkpoint
 
 
 def build(cfg: Config):
@@ -87,6 +88,8 @@ def toy_transfer(cfg: Config):
     import sample
     import toy
 
+    if not Path(cfg.base_checkpoint).is_dir():
+        raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
     if not (Path(cfg.data_root_dir) / cfg.data_mix).is_dir():
         episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, toy.CHANGED)
         toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
@@ -102,7 +105,7 @@ def toy_transfer(cfg: Config):
     train.train(cfg, build, export)
     result["lora"] = show("adapters trained", cfg.run_dir, cfg.data_mix)
     result["seconds"] = time.perf_counter() - start
-    train.train(train.Config(**full))
+    train.train(train.Config(**full))  # the same steps at the same learning rate
     result["full"] = show("all weights trained", f"{cfg.run_dir}/full/checkpoint", cfg.data_mix)
     with open(Path(cfg.run_dir) / "metrics.jsonl", "a") as f:
         f.write(json.dumps({f"toy/{k}": v for k, v in result.items()}) + "\n")

@@ -5,6 +5,8 @@ nearest of 16 levels, quantiles of a normal distribution. The blocks' sizes are 
 QLoRA https://arxiv.org/abs/2305.14314, section 3; levels as in its appendix E. 0.516 bytes a weight.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,9 +44,14 @@ def restore_sizes(sizes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return (sizes * scale + offset).flatten().clamp_min(0)
 
 
+@lru_cache
+def levels_on(device: torch.device) -> Tensor:
+    return LEVELS.to(device)
+
+
 def dequantize(q: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     codes = torch.cat([q["weight_nf4"] >> 4, q["weight_nf4"] & 15], dim=1).flatten().int()  # in their old order
-    values = LEVELS.to(codes.device)[codes].view(-1, BLOCK)
+    values = levels_on(codes.device)[codes].view(-1, BLOCK)
     values = values * restore_sizes(q["sizes"], q["scale"], q["offset"])[: len(values), None]
     return values.flatten()[: torch.Size(shape).numel()].view(shape).to(dtype)
 

@@ -245,12 +245,17 @@ def demonstrations(seed: int, n: int, world: World = World()) -> Iterator[dict]:
         index, made = index + 1, made + result.success[0]
 
 
-def save_gif(path: str | Path, episodes: list[dict]):
-    """The episodes side by side, each waiting at its end for the longest."""
-    length = max(len(e["image"]) for e in episodes) + 3
-    clips = [np.pad(e["image"], [(0, length - len(e["image"])), *[(0, 0)] * 3], "edge") for e in episodes]
-    first, *rest = [Image.fromarray(frame) for frame in np.concatenate(clips, axis=2)]
-    first.save(path, save_all=True, append_images=rest, duration=250, loop=0)
+def save_gif(path: str | Path, episodes: list[dict], size: int = 160):
+    """The episodes side by side, their instructions above, each waiting at its end for the longest."""
+    frames = []
+    for t in range(max(len(e["image"]) for e in episodes) + 3):
+        pen = ImageDraw.Draw(frame := Image.new("RGB", (size * len(episodes), size + 16), "white"))
+        for i, e in enumerate(episodes):
+            picture = Image.fromarray(e["image"][min(t, len(e["image"]) - 1)])
+            frame.paste(picture.resize((size - 2, size), Image.Resampling.BOX), (i * size, 16))
+            pen.text((i * size + 4, 2), e["instruction"], "black")
+        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from common import GOLDENS, MODELS, golden, pixels, shared, vision_configs
 from safetensors.torch import load_file, save_file
 
 import convert_weights as cw
+import lora
 from model import INDEX, TOWERS, OpenVLA, OpenVLAConfig, is_unused
 from tokenizer import make_standin
 
@@ -415,13 +416,15 @@ def test_check_other_folders_and_the_command_line(folder, tmp_path, capsys):
     assert command(capsys, "check", folder)[0] == 2  # it has no tokenizer.model
 
 
-def test_merge_lora_is_handed_on(monkeypatch):
-    monkeypatch.setitem(sys.modules, "finetune_lora", None)
-    with pytest.raises(ValueError, match=r"needs finetune_lora\.py"):
-        cw.merge_lora("run", "out")
-    calls = []
-    monkeypatch.setitem(
-        sys.modules, "finetune_lora", type("m", (), {"merge": staticmethod(lambda *a: calls.append(a))})
-    )
-    cw.merge_lora("run", "out")
-    assert calls == [("run", "out")]
+def test_merge_lora(folder, tmp_path, capsys):
+    model = lora.add_lora(OpenVLA.from_pretrained(folder), rank=2)
+    for layer in lora.lora_layers(model).values():
+        layer.lora_B.weight.data.normal_(0, 0.1)
+    lora.save_adapter(model, tmp_path / "run", folder)
+    (tmp_path / "run" / "dataset_statistics.json").write_text("{}")
+    assert command(capsys, "merge-lora", tmp_path / "run", tmp_path / "out")[0] == 0
+    lora.merge_lora(model)
+    want = {k.replace(".base_layer", ""): v for k, v in (model.state_dict() | model.unused).items()}
+    for name, tensor in OpenVLA.from_pretrained(tmp_path / "out").state_dict().items():
+        assert torch.equal(tensor, want[name]), name
+    assert command(capsys, "merge-lora", tmp_path / "run", tmp_path / "out")[0] == 2  # it is there already

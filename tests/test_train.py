@@ -11,11 +11,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from common import ROOT, golden, pixels
+from common import ROOT, golden, pixels, shared
 from safetensors.torch import load_file
 
+import rlds
 import train
 from configurator import configure
+from data import Samples
 from model import OpenVLA
 from tokenizer import PAD, make_standin
 
@@ -286,6 +288,18 @@ def test_errors_before_long_work(config, options, message, capsys):
     with pytest.raises(SystemExit) as end:
         train.main(configure(train.Config, [*config("run"), *options]))
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_eight_real_frames_are_learned_by_heart(config):
+    """Labels, masks and shifts are right: accuracy 99 % and L1 below 0.01 on Bridge frames, as training counts them."""
+    real = rlds.RLDS(shared("data"), "bridge_orig")
+    rows = [real[i] for i in np.linspace(0, len(real) - 1, 8).astype(int)]
+    rows = [dict(image=r["pictures"][0], action=r["actions"][0], instruction=r["instruction"]) for r in rows]
+    cfg = configure(train.Config, config("run", "--batch_size", "8", "--micro_batch_size", "8", "--max_steps", "150"))
+    cfg.data_mix, cfg.log_every = [(Samples(rows), 1.0)], 10
+    cfg.random_model["text_config"] |= dict(hidden_size=64, intermediate_size=128)
+    metrics = train.train(cfg)
+    assert metrics["action_accuracy"] >= 0.99 and metrics["l1_loss"] < 0.01
 
 
 def test_statistics_of_another_dataset(config, tmp_path):
