@@ -217,8 +217,11 @@ def test_two_processes_equal_one(config, tmp_path):
     train_here(config("one"))
     finished(run(config("two", "--micro_batch_size", "1"), processes=2))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    two = weights(tmp_path / "two")
     for k, v in weights(tmp_path / "one").items():
-        torch.testing.assert_close(v, weights(tmp_path / "two")[k], atol=1e-4, rtol=0)
+        if k.endswith("qkv.bias"):  # a bias of keys changes nothing: its gradient is rounding, which Adam makes steps of
+            v, two[k] = (x.view(3, -1)[[0, 2]] for x in (v, two[k]))
+        torch.testing.assert_close(v, two[k], atol=1e-4, rtol=0)
     finished(run(config("half", "--micro_batch_size", "2", "--max_steps", "3"), processes=2))
     train_here(config("half"))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "half"), abs=1e-5)
