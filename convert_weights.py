@@ -266,9 +266,10 @@ def prismatic_to_hf(run, out, tokenizer="", config="", vision=(), dtype="bfloat1
     for name, content in files.items():
         write_atomically(out / name, lambda tmp, content=content: tmp.write_bytes(content))
     means, stds = ImageProcessor.means[-n:], ImageProcessor.stds[-n:]  # rounded to bfloat16, as tvf_* are officially
-    processor = ImageProcessor(cfg.vision[0].img_size, cfg.extra["image_resize_strategy"], means, stds).to_dict()
+    processor = ImageProcessor(cfg.vision[0].img_size, cfg.extra["image_resize_strategy"], means, stds)
+    processor.trained_on = tuple(info.get("trained_on", ()))
     means, stds = [[0.485, 0.456, 0.406], [0.5] * 3][-n:], [[0.229, 0.224, 0.225], [0.5] * 3][-n:]
-    write_json(out / "preprocessor_config.json", processor | dict(means=means, stds=stds))
+    write_json(out / "preprocessor_config.json", processor.to_dict() | dict(means=means, stds=stds))
     version = dict(transformers_version="4.40.1")
     tokens = dict(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
     write_json(out / "generation_config.json", tokens | version)
@@ -300,6 +301,8 @@ def hf_to_prismatic(folder, out):
     model |= dict(arch_specifier=cfg.to_dict()["arch_specifier"])
     run = {"vla": {"base_vlm": bases[0]}} if stats else {"model": {"model_id": bases[0], **model}}
     run |= dict(vision_configs=[asdict(v) for v in cfg.vision], text_config=asdict(cfg.text))  # our own keys
+    if (Path(folder) / "preprocessor_config.json").is_file():
+        run["trained_on"] = ImageProcessor.from_pretrained(folder).trained_on
     if stats:
         write_json(out / "dataset_statistics.json", stats)
     write_json(out / "config.json", run)

@@ -216,10 +216,26 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
     return model
 
 
+def merge_file(file: Path, to: Path, adapters: dict[str, Tensor], scaling: float):
+    """Copy a weight file, then put each adapted tensor in its place: one at a time in memory."""
+    shutil.copyfile(file, to)
+    with open(to, "rb+") as f:
+        length = int.from_bytes(f.read(8), "little")
+        for name, entry in json.loads(f.read(length)).items():
+            module = name.removesuffix(".weight")
+            if (A := adapters.get(f"{module}.lora_A.weight")) is None:
+                continue
+            with safe_open(file, framework="pt") as base:
+                weight = base.get_tensor(name)
+            merged = delta(A, adapters[f"{module}.lora_B.weight"], scaling).add_(weight).to(weight.dtype)
+            f.seek(8 + length + entry["data_offsets"][0])
+            f.write(merged.flatten().view(torch.uint8).numpy())
+
+
 def merge(run: str | Path, out: str | Path):
     """
-    A run (adapter) and its base checkpoint -> a folder as any other, one weight file at a time: float32, rounded once
-    to the base's dtype. Raises ValueError or OSError before long work; `out` appears when it is whole.
+    A run (adapter) and its base checkpoint -> a folder as any other, tensor by tensor: float32, rounded once to the
+    base's dtype. Raises ValueError or OSError before long work; `out` appears when it is whole.
     """
     run, out = Path(run), Path(out)
     if out.exists():
@@ -235,15 +251,7 @@ def merge(run: str | Path, out: str | Path):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     for file in tqdm(files, "merging", unit="file"):
-        tensors = {}
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():
-                tensors[name] = f.get_tensor(name)
-                module = name.removesuffix(".weight")
-                if (A := adapters.get(f"{module}.lora_A.weight")) is not None:
-                    change = delta(A, adapters[f"{module}.lora_B.weight"], scaling)
-                    tensors[name] = change.add_(tensors[name]).to(tensors[name].dtype)
-        write_atomically(tmp / file.name, lambda to, tensors=tensors: save_file(tensors, to, {"format": "pt"}))
+        write_atomically(tmp / file.name, lambda to, file=file: merge_file(file, to, adapters, scaling))
     skip = {CONFIG, WEIGHTS, "config.json", "metrics.jsonl", *(f.name for f in files)}
     for source in (base, run):  # tokenizer, preprocessing, statistics, index: the run's where it has its own
         for path in source.iterdir():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import convert_weights as cw
 import lora
+from image import ImageProcessor
 from model import INDEX, TOWERS, OpenVLA, OpenVLAConfig, is_unused
 from tokenizer import make_standin
 
@@ -414,6 +415,15 @@ def test_check_other_folders_and_the_command_line(folder, tmp_path, capsys):
     assert command(capsys, "hf-to-prismatic", folder, tmp_path / "run")[0] == 0
     assert command(capsys, "check", tmp_path / "run")[0] == 0
     assert command(capsys, "check", folder)[0] == 2  # it has no tokenizer.model
+
+
+def test_preprocessing_comes_back(folder, tmp_path, tokenizer):
+    """What the training pictures went through is no part of the official format; it is kept all the same."""
+    config = read(folder / "preprocessor_config.json")
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"trained_on": ["lanczos3", "center_crop"]}))
+    cw.hf_to_prismatic(folder, tmp_path / "run")
+    cw.prismatic_to_hf(tmp_path / "run", tmp_path / "hf", tokenizer)
+    assert ImageProcessor.from_pretrained(tmp_path / "hf").trained_on == ("lanczos3", "center_crop")
 
 
 def test_merge_lora(folder, tmp_path, capsys):
