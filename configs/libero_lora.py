@@ -3,7 +3,7 @@ OpenVLA on LIBERO with LoRA: the recipe behind the released openvla-7b-finetuned
 
     python finetune_lora.py --config libero_lora.py --base_checkpoint openvla-7b --data_root_dir DIR
 
-One 80 GB GPU holds batch 16 (a 24 GB one holds batch 1 with --quantize_base nf4). The paper trained 50 to 80 thousand
+One 80 GB GPU holds batch 16 in the official code (72 GB); not yet measured here. The paper trained 50 to 80 thousand
 steps of batch 128, on eight A100. Expected: action accuracy above 0.95, success 84.7 % (Spatial), 88.4 % (Object),
 79.2 % (Goal), 53.7 % (Long); appendix E of https://arxiv.org/abs/2406.09246. Others: --data_mix libero_object_no_noops,
 libero_goal_no_noops, libero_10_no_noops.
