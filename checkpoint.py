@@ -13,7 +13,6 @@ import torch
 
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
 
-
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -92,6 +91,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a safetensors file. ValueError if the file is not whole."""
+    return {name: tuple(entry["shape"]) for name, entry in read_layout(path)[1].items()}
+
+
+def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
+    """
+    Where the data of a safetensors file begins, and name -> {dtype, shape, data_offsets} (bytes from there). ValueError
+    if the file is not whole.
+    """
     refuse_pointer(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
@@ -101,13 +108,13 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         try:
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
-            shapes = {name: tuple(t["shape"]) for name, t in header.items()}
-            end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+            sizes = [(t["shape"], t["data_offsets"][1]) for t in header.values()]
+            end = 8 + length + max((last for _, last in sizes), default=0)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}: no safetensors file, its header cannot be read; download it again") from None
     if size != end:
         raise ValueError(f"{path}: {size:,} bytes where {end:,} are expected; download it again")
-    return shapes
+    return 8 + length, header
 
 
 def refuse_pointer(path: Path):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoint import ADAPTER_CONFIG as CONFIG
 from checkpoint import ADAPTER_WEIGHTS as WEIGHTS
-from checkpoint import base_of, check_folder, weight_files
+from checkpoint import base_of, check_folder, read_layout, weight_files
 from model import OpenVLA, read_config, write_atomically, write_json
 
 PARTS = dict(vision="vision_backbone", projector="projector", language="language_model")
@@ -65,8 +65,8 @@ def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 def adapted_modules(model: OpenVLA, targets: Iterable[str] = PARTS) -> list[str]:
     """
-    Names of the modules that get an adapter: all with a matrix or a kernel as weight, embeddings and those already
-    wrapped excepted. Raises ValueError for a target that is none of vision, projector, language.
+    Names of the modules that get an adapter: all with a matrix or a kernel as weight, embeddings excepted. Raises
+    ValueError for a target that is none of vision, projector, language.
     """
     targets = list(targets)
     if unknown := set(targets) - set(PARTS):
@@ -83,14 +83,15 @@ def add_lora(model: OpenVLA, rank: int = 32, alpha: float = 0.0, dropout: float 
     Freeze the model and put an adapter (float32) around every module of `targets`: vision, projector, language.
     alpha 0: min(rank, 16), as the official recipe. In place; returns the model.
     """
-    wrap(model, {name: rank for name in adapted_modules(model, targets)}, alpha or min(rank, 16), dropout)
-    model.lora = dict(r=rank, lora_alpha=alpha or min(rank, 16), lora_dropout=dropout, targets=tuple(targets))
+    alpha = alpha or min(rank, 16)
+    wrap(model, adapted_modules(model, targets), rank, alpha, dropout)
+    model.lora = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, targets=tuple(targets))
     return model
 
 
-def wrap(model: OpenVLA, ranks: dict[str, int], alpha: float, dropout: float):
+def wrap(model: OpenVLA, names: list[str], rank: int, alpha: float, dropout: float):
     model.requires_grad_(False)
-    for name, rank in ranks.items():
+    for name in names:
         weight = model.unused.get(f"{name}.weight")
         if weight is not None:  # never runs: no module to wrap
             model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *weight.shape[1:]) / rank
@@ -205,8 +206,9 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
         mine = base[name.replace(".base_layer", "")]
         if not torch.equal(mine.cpu(), w.to(mine.dtype)):
             raise ValueError(f"{file}: {name} differs from the base model's: the adapter was trained on another one")
-    wrap(model, {name: rank for name in modules}, config["lora_alpha"], config.get("lora_dropout", 0.0))
-    model.lora = dict(r=rank, lora_alpha=config["lora_alpha"], lora_dropout=config.get("lora_dropout", 0.0))
+    alpha, dropout = config["lora_alpha"], config.get("lora_dropout", 0.0)
+    wrap(model, modules, rank, alpha, dropout)
+    model.lora = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout)
     model.lora["targets"] = tuple(t for t, part in PARTS.items() if any(m.startswith(part + ".") for m in modules))
     for name, w in adapters.items():
         if name in model.unused:
@@ -219,16 +221,16 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
 def merge_file(file: Path, to: Path, adapters: dict[str, Tensor], scaling: float):
     """Copy a weight file, then put each adapted tensor in its place: one at a time in memory."""
     shutil.copyfile(file, to)
+    start, layout = read_layout(file)
     with open(to, "rb+") as f:
-        length = int.from_bytes(f.read(8), "little")
-        for name, entry in json.loads(f.read(length)).items():
+        for name, entry in layout.items():
             module = name.removesuffix(".weight")
             if (A := adapters.get(f"{module}.lora_A.weight")) is None:
                 continue
             with safe_open(file, framework="pt") as base:
                 weight = base.get_tensor(name)
             merged = delta(A, adapters[f"{module}.lora_B.weight"], scaling).add_(weight).to(weight.dtype)
-            f.seek(8 + length + entry["data_offsets"][0])
+            f.seek(start + entry["data_offsets"][0])
             f.write(merged.flatten().view(torch.uint8).numpy())
 
 

@@ -79,8 +79,7 @@ class NF4Linear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)  # made again from the base checkpoint
 
     def restored(self, dtype: torch.dtype) -> Tensor:
-        q = {name: buffer for name, buffer in self.named_buffers()}
-        return dequantize(q, (self.out_features, self.in_features), dtype)
+        return dequantize(dict(self.named_buffers()), (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return Multiply.apply(x, self)
@@ -89,15 +88,8 @@ class NF4Linear(nn.Module):
 def quantize_linears(model: nn.Module) -> nn.Module:
     """Every nn.Linear but lm_head, in place, one after the other. Freezes the model."""
     model.requires_grad_(False)
-    for path, parent in list(model.named_modules()):
+    for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":
                 parent._modules[name] = NF4Linear(child)
     return model
-
-
-def bytes_per_weight(model: nn.Module) -> float:
-    """Of the quantised layers, everything counted but their biases."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    stored = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
-    return stored / sum(m.in_features * m.out_features for m in layers)

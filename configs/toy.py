@@ -15,20 +15,9 @@ data_root_dir = "runs/toy/data"
 data_mix = "toy"
 run_dir = "runs/toy"
 image_aug = False
+_tower = dict(embed_dim=64, depth=2, num_heads=4, img_size=42, mlp_dim=256)
 random_model = {
-    "vision_configs": [
-        dict(embed_dim=64, depth=2, num_heads=4, img_size=42, mlp_dim=256),
-        dict(
-            embed_dim=64,
-            depth=2,
-            num_heads=4,
-            img_size=42,
-            mlp_dim=256,
-            cls_token=False,
-            reg_tokens=0,
-            layer_scale=False,
-        ),
-    ],
+    "vision_configs": [_tower, dict(_tower, cls_token=False, reg_tokens=0, layer_scale=False)],
     "text_config": dict(
         vocab_size=32064, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
     ),

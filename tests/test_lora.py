@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ import nf4
 import sample
 import train
 from checkpoint import check_folder
-from model import OpenVLA
+from configurator import configure
+from model import OpenVLA, OpenVLAConfig, is_unused
 from tokenizer import make_standin
 
 INFO = json.loads((GOLDENS / "tiny-lora.golden.json").read_text())
@@ -88,8 +90,6 @@ def test_parameter_count_of_openvla_7b():
     """110,828,288 at rank 32: the official script's count for the released model."""
     names = json.loads(shared("facts/official_keys_openvla7b.json").read_text())["openvla-7b"]["parameters"]
     with torch.device("meta"):
-        from model import OpenVLAConfig, is_unused
-
         model = OpenVLA(OpenVLAConfig())
         model.unused = {k: torch.empty(v) for k, v in names.items() if is_unused(k, model.cfg)}
         lora.add_lora(model, rank=32)
@@ -209,8 +209,6 @@ def test_gradients_only_in_adapters(folders):
     ],
 )
 def test_targets_by_part(folders, tmp_path, targets, want):
-    import re
-
     model = lora.add_lora(tiny(folders), rank=2, targets=targets)
     names = {name.rsplit(".", 2)[0] for name in lora.lora_state(model)}
     assert names == {name for name in INFO["adapted_modules"] if name.startswith(want)}
@@ -272,8 +270,6 @@ def setup(tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
     make_standin(tmp_path / "tokenizer.model")
     argv = ["--config", str(tmp_path / "c.py"), "--tokenizer", str(tmp_path / "tokenizer.model")]
-    from configurator import configure
-
     train.train(configure(train.Config, [*argv, "--run_dir", str(tmp_path / "base"), "--max_steps", "1"]))
     base = tmp_path / "base" / "checkpoint"
     (tmp_path / "lora.py").write_text(CONFIG.split("random_model")[0] + CONFIG.split("\n}\n")[-1])
@@ -286,8 +282,6 @@ def setup(tmp_path):
 
 
 def run_here(argv):
-    from configurator import configure
-
     return train.train(configure(finetune_lora.Config, argv), finetune_lora.build, finetune_lora.export)
 
 
@@ -360,8 +354,6 @@ def test_errors_before_long_work(setup, tmp_path, capsys):
         (["--merge", str(tmp_path / "nothing"), "--out", "b"], "no such checkpoint folder"),
     ):
         with pytest.raises(SystemExit) as stop:
-            from configurator import configure
-
             finetune_lora.main(configure(finetune_lora.Config, argv))
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
@@ -407,9 +399,16 @@ def test_quantized_layer_and_its_gradient():
     torch.testing.assert_close(*grads)
 
 
+def bytes_per_weight(model: torch.nn.Module) -> float:
+    """Of the quantised layers, everything counted but their biases."""
+    layers = [m for m in model.modules() if isinstance(m, nf4.NF4Linear)]
+    stored = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
+    return stored / sum(m.in_features * m.out_features for m in layers)
+
+
 def test_quantized_model_and_adapters_on_it(folders):
     plain, model = tiny(folders), nf4.quantize_linears(tiny(folders))
-    assert nf4.bytes_per_weight(nf4.quantize_linears(torch.nn.Sequential(torch.nn.Linear(1024, 1024)))) <= 0.53
+    assert bytes_per_weight(nf4.quantize_linears(torch.nn.Sequential(torch.nn.Linear(1024, 1024)))) <= 0.53
     a, b = logits_at_prompt_end(plain, 0), logits_at_prompt_end(model, 0)
     assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9
     lora.add_lora(model, rank=4)

@@ -219,7 +219,7 @@ def test_two_processes_equal_one(config, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
     two = weights(tmp_path / "two")
     for k, v in weights(tmp_path / "one").items():
-        if k.endswith("qkv.bias"):  # a bias of keys changes nothing: its gradient is rounding, which Adam makes steps of
+        if k.endswith("qkv.bias"):  # a bias of keys changes nothing, and Adam makes steps of its rounding
             v, two[k] = (x.view(3, -1)[[0, 2]] for x in (v, two[k]))
         torch.testing.assert_close(v, two[k], atol=1e-4, rtol=0)
     finished(run(config("half", "--micro_batch_size", "2", "--max_steps", "3"), processes=2))
