@@ -85,6 +85,13 @@ class Window:
         return out | {"memory_gb": peak_memory_gb()}
 
 
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a success rate; https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval"""
+    p, d = successes / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z / d * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
 def peak_memory_gb() -> float:
     """Largest resident size of this process so far."""
     import resource

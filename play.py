@@ -20,6 +20,7 @@ import numpy as np
 
 import toy
 from configurator import configure, fail
+from metrics import wilson
 from sample import Policy, load, predict_action
 
 
@@ -28,13 +29,6 @@ class Config:
     checkpoint: str = "runs/toy/checkpoint"
     out: str = "runs/toy"  # where rollouts.gif and actions.png go
     scenes: int = 200  # unseen ones
-
-
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a success rate; https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval"""
-    p, d = successes / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z / d * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def play(policy: Policy, scenes: int, unnorm_key: str = "", **options) -> toy.Result:

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
