@@ -14,6 +14,12 @@ import torch
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OFT_RECORD = "oft_config.json"
+
+
+def is_oft(folder: str | Path) -> bool:
+    """Whether the folder holds a policy of oft.py, ours or an official one."""
+    return (Path(folder) / OFT_RECORD).is_file() or any(Path(folder).glob("action_head--*"))
 
 
 def base_of(folder: str | Path) -> Path | None:

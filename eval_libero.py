@@ -18,6 +18,7 @@ Axes: T steps of an episode, A = 7 dimensions of an action.
 import contextlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import textwrap
@@ -33,13 +34,14 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import regenerate
-from checkpoint import base_of, weight_files
+from checkpoint import base_of
 from configurator import configure, fail
 from image import decode
 from metrics import wilson
 from model import write_atomically, write_json
 from rlds_writer import jpeg
 from simulator import (
+    CAMERAS,
     NOOP,
     SETTLE,
     SIZE,
@@ -76,6 +78,7 @@ class Config:
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says, else yes
     device: str = "auto"
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 on cuda, else as the weights are stored
+    open_loop: int = 0  # actions of an OFT chunk that are carried out before the next question; 0: all
     film: bool = True  # a GIF of each episode
     shoves: float = 0.0  # share of the expert's steps that go astray, so that demonstrations show how to recover
     seed: int = 7  # of the random policy and the shoves; nothing else is drawn
@@ -86,11 +89,11 @@ class Config:
 # In a simulator's process
 
 
-def simulate(conn: Connection, play: Callable, cfg: Config, out: Path, assets: str):
+def simulate(conn: Connection, play: Callable, cfg: Config, cameras: tuple[str, ...], out: Path):
     """Play the jobs that come through `conn`, until None comes, and send a row for each. Errors become rows, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
-    setup(assets)
-    sim, cameras = None, cameras_of(cfg)
+    setup(cfg.assets)
+    sim = None
     with contextlib.suppress(EOFError, ConnectionError):  # then nobody is there any more
         while (job := conn.recv()) is not None:
             try:
@@ -107,12 +110,6 @@ def simulate(conn: Connection, play: Callable, cfg: Config, out: Path, assets: s
         sim.close()
 
 
-def cameras_of(cfg: Config) -> tuple[str, ...]:
-    if cfg.regenerate:
-        return ("image", "wrist_image")
-    return ("image",) if cfg.policy == "checkpoint" else ()
-
-
 def play_demonstration(sim: Simulator, job: dict, conn: Connection, cfg: Config, out: Path) -> dict:
     return regenerate.replay(sim, job, staged(out, job))
 
@@ -120,7 +117,6 @@ def play_demonstration(sim: Simulator, job: dict, conn: Connection, cfg: Config,
 def play_episode(sim: Simulator, job: dict, conn: Connection, cfg: Config, out: Path) -> dict:
     """One episode by the protocol. Writes its actions and film, returns its row."""
     start = time.perf_counter()
-    stem = out / "episodes" / f"task{job['task']:02d}_trial{job['trial']:03d}"
     sim.start(job["trial"])
     initial = sim.states[job["trial"]]
     seconds = dict(start=time.perf_counter() - start, policy=0.0, simulator=0.0)
@@ -141,11 +137,12 @@ def play_episode(sim: Simulator, job: dict, conn: Connection, cfg: Config, out: 
         if sim.success:
             break
     record = dict(initial_state=initial, actions=np.array(actions), final_state=sim.full_state())
-    write_atomically(stem.with_suffix(".npz"), lambda tmp: np.savez(open_binary(tmp), **record))
+    write_atomically(regenerate.episode_file(out, job, ".npz"), lambda tmp: np.savez(open_binary(tmp), **record))
     if cfg.film:
         outcome = f"{'success' if sim.success else 'failure'}, {len(actions)} steps"
         frames.append(sim.picture())
-        write_atomically(stem.with_suffix(".gif"), lambda tmp: save_film(tmp, frames, sim.instruction, outcome))
+        film = regenerate.episode_file(out, job, ".gif")
+        write_atomically(film, lambda tmp: save_film(tmp, frames, sim.instruction, outcome))
     seconds = {key: round(value, 3) for key, value in seconds.items()}
     return dict(instruction=sim.instruction, success=bool(sim.success), steps=len(actions), seconds=seconds)
 
@@ -165,10 +162,14 @@ def actor(sim: Simulator, job: dict, conn: Connection, cfg: Config) -> Callable[
 
         return shoved(expert(sim), rng, cfg.shoves).__next__
 
+    plan: list[np.ndarray] = []
+
     def ask() -> np.ndarray:
-        picture = decode(jpeg(sim.picture()))  # the training pictures were JPEGs, too
-        conn.send((picture, sim.instruction))
-        return to_simulator(conn.recv())
+        if not plan:
+            pictures = [decode(jpeg(sim.picture(camera))) for camera in sim.cameras]  # as the training pictures were
+            conn.send((pictures, sim.instruction, sim.state()))
+            plan.extend(to_simulator(action) for action in conn.recv())
+        return plan.pop(0)
 
     return ask
 
@@ -260,10 +261,11 @@ def where(job: dict) -> dict:
 
 
 def load_policy(cfg: Config):
-    """Checkpoint -> (act, what it does to a picture and the like). Raises ValueError or OSError before long work."""
+    """Checkpoint -> (act, cameras, facts for the protocol). Raises ValueError or OSError before long work."""
     import torch
 
-    from sample import load, pick_device, predict_action
+    from oft import predict_chunk
+    from sample import load, pick_device
 
     device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
@@ -278,17 +280,24 @@ def load_policy(cfg: Config):
         wanted = cfg.unnorm_key or f"{cfg.task_suite} or {cfg.task_suite}_no_noops"
         fail(f"{cfg.checkpoint}: no action statistics for {wanted}; --unnorm_key must be one of {', '.join(keys)}")
 
+    oft = getattr(policy.model, "oft", None)  # else it writes tokens: one picture, one action
+    num_images = oft.num_images if oft else 1
+    if num_images > len(CAMERAS):
+        fail(f"{cfg.checkpoint} looks at {num_images} pictures, LIBERO has {len(CAMERAS)} cameras")
+
     def act(questions: list) -> np.ndarray:
-        pictures, instructions = zip(*questions, strict=True)
-        return predict_action(policy, pictures, instructions, key, cfg.center_crop)
+        pictures, instructions, states = zip(*questions, strict=True)
+        chunks = predict_chunk(policy, pictures, instructions, np.stack(states), key, cfg.center_crop)
+        return chunks[:, : cfg.open_loop or None]
 
     crop = "center_crop" in processor.trained_on if cfg.center_crop is None else cfg.center_crop
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weight_files(Path(cfg.checkpoint))]
-    if base_of(cfg.checkpoint):
-        weights += [("base", str(base_of(cfg.checkpoint)))]
+    files = [f for f in sorted(Path(cfg.checkpoint).iterdir()) if f.suffix in (".safetensors", ".pt")]
+    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    weights += [("base", str(base))] if (base := base_of(cfg.checkpoint)) else []
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
     facts = dict(unnorm_key=key, center_crop=crop, trained_on=processor.trained_on, dtype=dtype, weights=weights)
-    return act, facts
+    facts |= dict(oft=asdict(oft), open_loop=cfg.open_loop) if oft else {}
+    return act, tuple(CAMERAS)[:num_images], facts
 
 
 def say(message: str):
@@ -323,6 +332,7 @@ def append_row(path: Path, row: dict):
     with open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
         f.flush()
+        os.fsync(f.fileno())
 
 
 def open_run(out: Path, protocol: dict):
@@ -380,7 +390,7 @@ def rate_line(task: str, instruction: str, rows: list[dict]) -> str:
 
 def save_grid(path: Path, out: Path, rows: list[dict], side: int = 96):
     """The last picture of each episode: a row for each task, framed in green (success) or red."""
-    films = [(row, out / "episodes" / f"task{row['task']:02d}_trial{row['trial']:03d}.gif") for row in rows]
+    films = [(row, regenerate.episode_file(out, row, ".gif")) for row in rows]
     films = [(row, film) for row, film in films if "error" not in row and film.is_file()]
     if not films:
         return
@@ -420,12 +430,9 @@ def make_jobs(cfg: Config) -> list[dict]:
     if cfg.regenerate:
         return regenerate.find_demonstrations(Path(cfg.regenerate), cfg.task_suite, wanted)
     if cfg.policy == "replay":
-        path = Path(cfg.replay)
-        files = [path] if path.suffix == ".npz" else sorted(path.glob("episodes/*.npz"))
-        if not files or not files[0].is_file():
-            raise ValueError(f"--replay {cfg.replay}: neither an episode's .npz nor a run with episodes/")
-        jobs = [dict(task=int(f.stem[4:6]), trial=int(f.stem[-3:]), source=str(f)) for f in files]
-        return [job for job in jobs if job["task"] in wanted]
+        if jobs := [job for job in regenerate.recorded(Path(cfg.replay)) if job["task"] in wanted]:
+            return jobs
+        raise ValueError(f"--replay {cfg.replay}: neither an episode's .npz nor a run with episodes/ of these tasks")
     trials = numbers(cfg.trials, "trials")
     for task in wanted:
         states = len(initial_states(task_file(cfg.task_suite, task, "init_states")))
@@ -461,8 +468,9 @@ def main(cfg: Config):
     try:
         setup(cfg.assets)
         jobs = make_jobs(cfg)
-        act, facts = load_policy(cfg) if learned else (None, {})
-        kept = ("task_suite", "policy", "checkpoint", "regenerate", "replay", "shoves", "seed", "max_steps")
+        act, cameras, facts = load_policy(cfg) if learned else (None, tuple(CAMERAS) if cfg.regenerate else (), {})
+        kept = ("task_suite", "policy", "checkpoint", "regenerate", "replay", "seed", "max_steps")
+        kept += ("shoves",) if cfg.shoves else ()
         protocol = {key: value for key, value in asdict(cfg).items() if key in kept and value != ""}
         protocol |= dict(settle_steps=SETTLE, **facts, **versions())
         (out / "episodes").mkdir(parents=True, exist_ok=True)
@@ -475,7 +483,7 @@ def main(cfg: Config):
     warnings = []
     if left:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            warnings = pool.apply(check_in_process, (cfg.assets, cfg.task_suite, bool(cameras_of(cfg)) or cfg.film))
+            warnings = pool.apply(check_in_process, (cfg.assets, cfg.task_suite, bool(cameras) or cfg.film))
         for text in warnings:
             say(text)
     start, bar = time.perf_counter(), tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", leave=False)
@@ -490,7 +498,7 @@ def main(cfg: Config):
         bar.update()
 
     play = play_demonstration if cfg.regenerate else play_episode
-    run(left, cfg.num_envs, simulate, (play, cfg, out, cfg.assets), act, done)
+    run(left, cfg.num_envs, simulate, (play, cfg, cameras, out), act, done)
     bar.close()
     rows = read_rows(out / "episodes.jsonl")
     if left:

@@ -62,10 +62,14 @@ def export(run: Path, model, tokenizer, processor, stats: dict, cfg: Config):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=options)
     if train.main_process():
-        unused = {name: w for name, w in model.unused.items() if ".lora_" in name}
-        train.write_preparation(run, tokenizer, processor, stats)
-        save_adapter(model, run, cfg.base_checkpoint, state | unused)
+        write_run(run, model, state, tokenizer, processor, stats, cfg)
     train.barrier()
+
+
+def write_run(run: Path, model, adapters: dict, tokenizer, processor, stats: dict, cfg: Config):
+    unused = {name: w for name, w in model.unused.items() if ".lora_" in name}
+    train.write_preparation(run, tokenizer, processor, stats)
+    save_adapter(model, run, cfg.base_checkpoint, adapters | unused)
 
 
 def check(cfg: Config):

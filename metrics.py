@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import OpenVLA
-from tokenizer import decode_action, is_action_id
+from tokenizer import decode_action, encode_action, is_action_id
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
 
@@ -27,6 +27,13 @@ def count(logits, labels, which, num_datasets: int) -> torch.Tensor:
     predicted, true, which = logits.argmax(-1)[action], labels[action], which[action]
     error = (decode_action(predicted) - decode_action(true)).abs()
     sums = torch.stack([torch.ones_like(error), (predicted == true).double(), error], dim=1)
+    return torch.zeros(num_datasets, 3, dtype=torch.float64, device=sums.device).index_add_(0, which, sums)
+
+
+def count_actions(predicted, true, which, num_datasets: int) -> torch.Tensor:
+    """The same of normalised actions (B, K, A), for policies that do not write tokens: right is the same bin."""
+    same, error = (encode_action(predicted) == encode_action(true)).double(), (predicted - true).abs().double()
+    sums = torch.stack([torch.ones_like(error), same, error], dim=-1).sum((1, 2))  # (B, 3)
     return torch.zeros(num_datasets, 3, dtype=torch.float64, device=sums.device).index_add_(0, which, sums)
 
 
@@ -56,8 +63,8 @@ class Window:
         self.samples = self.tokens = 0
         self.waited, self.start = 0.0, time.perf_counter()
 
-    def add(self, batch: dict, logits, labels, which):
-        self.counts += count(logits.detach(), labels, which, len(self.counts))
+    def add(self, batch: dict, sums: torch.Tensor):
+        self.counts += sums
         self.samples += len(batch["input_ids"])
         self.tokens += batch["input_ids"].numel()
 

@@ -161,13 +161,13 @@ class ViT(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, cfg.reg_tokens, cfg.embed_dim)) if cfg.reg_tokens else None
         self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth - 1))
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, *condition: Tensor) -> Tensor:
         x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)  # (B, D, 16, 16) -> (B, N, D)
         x = x + self.pos_embed  # before the prefix tokens, which have no position
         prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1)  # (B, 5 + N, D) for DINOv2
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *condition)  # the blocks here take none; oft.py's take the instruction
         return x[:, self.num_prefix_tokens :]
 
 
@@ -179,10 +179,10 @@ class VisionBackbone(nn.Module):
         self.featurizer = ViT(cfgs[0])  # DINOv2 in openvla-7b, SigLIP in openvla-v01-7b
         self.fused_featurizer = ViT(cfgs[1]) if len(cfgs) == 2 else None  # SigLIP in openvla-7b
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, *condition: Tensor) -> Tensor:
         towers = [vit for vit in (self.featurizer, self.fused_featurizer) if vit is not None]
         pixels = pixel_values.split(3, dim=1)  # (B, 6, 224, 224) -> two of (B, 3, 224, 224)
-        return torch.cat([vit(p) for vit, p in zip(towers, pixels, strict=True)], dim=-1)  # (B, N, D1 + D2)
+        return torch.cat([vit(p, *condition) for vit, p in zip(towers, pixels, strict=True)], dim=-1)  # (B, N, D1 + D2)
 
 
 def build_projector(vision_dims: list[int], dim: int) -> nn.Sequential:

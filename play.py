@@ -21,6 +21,7 @@ import numpy as np
 import toy
 from configurator import configure, fail
 from metrics import wilson
+from oft import predict_chunk
 from sample import Policy, load, predict_action
 
 
@@ -29,13 +30,17 @@ class Config:
     checkpoint: str = "runs/toy/checkpoint"
     out: str = "runs/toy"  # where rollouts.gif and actions.png go
     scenes: int = 200  # unseen ones
+    unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
 
 
-def play(policy: Policy, scenes: int, unnorm_key: str = "", **options) -> toy.Result:
-    """The policy in that many unseen scenes; further options as those of toy.rollout."""
+def play(policy: Policy, scenes: int, unnorm_key: str = "", open_loop: int = 1, **options) -> toy.Result:
+    """
+    The policy in that many unseen scenes. open_loop: actions of an answer that are carried out before the next question
+    (a token model's answers have one); further options as those of toy.rollout.
+    """
 
     def act(images: np.ndarray, instructions: list[str]) -> np.ndarray:
-        return predict_action(policy, list(images), instructions, unnorm_key)
+        return predict_chunk(policy, [[image] for image in images], instructions, None, unnorm_key)[:, :open_loop]
 
     return toy.rollout(act, toy.TEST, scenes, **options)
 
@@ -96,6 +101,10 @@ def main(cfg: Config):
         policy = load(cfg.checkpoint)
     except (ValueError, OSError) as error:
         fail(error)
+    if oft := getattr(policy.model, "oft", None):
+        ok = play(policy, cfg.scenes, cfg.unnorm_key, open_loop=oft.action_chunk).success
+        report(f"success, {oft.action_chunk} actions per answer", ok)
+        return
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     print(json.dumps(evaluate(policy, cfg.scenes, Path(cfg.out))))
 

@@ -37,16 +37,25 @@ def without_noops(actions: np.ndarray) -> np.ndarray:
     return np.array(kept).reshape(-1, actions.shape[1])
 
 
+def episode_file(run: Path, job: dict, suffix: str) -> Path:
+    """Where a run of eval_libero.py keeps an episode's actions (.npz) and film (.gif)."""
+    return run / "episodes" / f"task{job['task']:02d}_trial{job['trial']:03d}{suffix}"
+
+
+def recorded(path: Path) -> list[dict]:
+    """Jobs dict(task, trial, source) for a recorded episode's .npz, or for all those of a run."""
+    files = [path] if path.suffix == ".npz" and path.is_file() else sorted(path.glob("episodes/task*.npz"))
+    return [dict(task=int(f.stem[4:6]), trial=int(f.stem[-3:]), source=str(f)) for f in files]
+
+
 def find_demonstrations(source: Path, suite: str, wanted: list[int]) -> list[dict]:
     """
     Jobs dict(task, trial, source) for the demonstrations of the wanted tasks: in raw HDF5 files, or in a run of
     eval_libero.py. Raises ValueError if there is none, or if a task's file is missing.
     """
-    if files := sorted(source.glob("episodes/*.npz")):
-        found = [dict(task=int(f.stem[4:6]), trial=int(f.stem[-3:]), source=str(f)) for f in files]
-        found = [job for job in found if job["task"] in wanted]
-        if found:
-            return found
+    if found := recorded(source):
+        if of_tasks := [job for job in found if job["task"] in wanted]:
+            return of_tasks
         raise ValueError(f"{source}/episodes: no episode of the tasks {wanted}")
     jobs = []
     for task in wanted:

@@ -4,8 +4,9 @@ One picture and one instruction in, one robot action out.
     python sample.py --checkpoint openvla-7b --image kitchen.jpg --instruction "put the spoon on the towel" \\
         --unnorm_key bridge_orig
 
-Several pictures with one instruction, or as many instructions as pictures, are run as a batch. From Python:
-`policy = load(folder)`, then `predict_action(policy, images, instructions, unnorm_key)`.
+Several pictures with one instruction, or as many instructions as pictures, are run as a batch; to an OFT policy they
+are its cameras' pictures, and it answers with a chunk of actions. From Python: `policy = load(folder)`, then
+`predict_action(policy, images, instructions, unnorm_key)` (OFT: `predict_chunk` of oft.py).
 
 Axes: B batch, A dimensions of an action.
 """
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import base_of, check_folder, home_of
+from checkpoint import base_of, check_folder, home_of, is_oft
 from configurator import configure, fail
 from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
 from model import OpenVLA, OpenVLAConfig
@@ -36,6 +37,7 @@ class Config:
     checkpoint: str = ""  # folder in Hugging Face layout: openvla-7b, runs/.../checkpoint, ...; or a LoRA run
     image: tuple[str, ...] = ()  # picture files, one or more
     instruction: tuple[str, ...] = ()  # one for all pictures, or one for each; put it in quotes
+    state: tuple[float, ...] = ()  # of an OFT policy that looks at it: the robot's state, in its own units
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16; auto: bfloat16 on cuda, else as the weights are stored
@@ -64,15 +66,24 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
     processor = ImageProcessor.from_pretrained(home_of(checkpoint, "preprocessor_config.json"))
     stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
     dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
-    model = OpenVLA.from_pretrained(base or checkpoint, dtype, device, progress)
-    if base:
-        from lora import load_adapter
+    if is_oft(checkpoint):
+        from oft import load_oft
 
-        load_adapter(model, checkpoint)
+        model = load_oft(checkpoint, dtype, device, progress=progress)
+    else:
+        model = OpenVLA.from_pretrained(base or checkpoint, dtype, device, progress)
+        if base:
+            from lora import load_adapter
+
+            load_adapter(model, checkpoint)
     return Policy(model, tokenizer, processor, config.extra["norm_stats"], str(checkpoint))
 
 
 def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
+    return dataset_stats(norm_stats, unnorm_key, checkpoint)["action"]
+
+
+def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     """The statistics of one dataset. Raises ValueError, listing the keys, if it is unknown or left open."""
     keys = sorted(norm_stats)
     if not keys:
@@ -82,7 +93,7 @@ def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     if unnorm_key not in keys:
         what = f"unknown unnorm_key {unnorm_key!r}" if unnorm_key else "several datasets and no unnorm_key"
         raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
-    return norm_stats[unnorm_key]["action"]
+    return norm_stats[unnorm_key]
 
 
 def prepare(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
@@ -117,6 +128,10 @@ def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", c
     float64 in the robot's units (metres, radians; gripper 1 open, 0 closed). crop: show only the middle 90 % (None: as
     the checkpoint says). Warns when the model wrote a token that is no action. Raises ValueError for bad input.
     """
+    if not hasattr(policy.model, "generate"):
+        raise ValueError(
+            f"{policy.checkpoint} is an OFT policy, which answers with chunks: use predict_chunk of oft.py"
+        )
     instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
     stats = action_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
     tokens = predict_tokens(policy, images, instructions, len(stats["q01"]), crop).numpy()
@@ -159,7 +174,13 @@ def main(cfg: Config):
         device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
         loaded = time.perf_counter()
-        actions = predict_action(policy, images, texts, cfg.unnorm_key, cfg.center_crop)
+        if is_oft(cfg.checkpoint):
+            from oft import predict_chunk
+
+            state = np.array([cfg.state]) if cfg.state else None
+            actions = predict_chunk(policy, [images], texts[:1], state, cfg.unnorm_key, cfg.center_crop)[0]  # (K, A)
+        else:
+            actions = predict_action(policy, images, texts, cfg.unnorm_key, cfg.center_crop)
     except (ValueError, OSError) as error:
         fail(error)
     seconds = dict(load=round(loaded - start, 2), act=round(time.perf_counter() - loaded, 2))
@@ -167,8 +188,11 @@ def main(cfg: Config):
         print(json.dumps(dict(actions=actions.tolist(), unnorm_key=cfg.unnorm_key, device=device, seconds=seconds)))
         return
     names = UNITS if len(stats["q01"]) == len(UNITS) else [(f"a{i}", "") for i in range(len(stats["q01"]))]
-    for path, text, action in zip(cfg.image, texts, actions, strict=True):
-        print(f"{Path(path).name}: {text}")
+    labels = [f"{Path(path).name}: {text}" for path, text in zip(cfg.image, texts, strict=True)]
+    if is_oft(cfg.checkpoint):
+        labels = [f"{texts[0]}, step {i + 1}" for i in range(len(actions))]
+    for label, action in zip(labels, actions, strict=True):
+        print(label)
         for (name, unit), value in zip(names, action, strict=True):
             print(f"  {name:8s} {value:+.6f} {unit}")
     print(f"loaded in {seconds['load']} s, acted in {seconds['act']} s on {device}")

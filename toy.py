@@ -193,15 +193,27 @@ class Result:
     episodes: list[dict] = field(default_factory=list)  # the recorded ones
 
 
-def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.0, **options) -> Result:  # noqa: B008
+def rollout(
+    act,
+    seed,
+    n,
+    world=World(),
+    swap=False,
+    record=0,
+    first=0,
+    noise=0.0,
+    linger=0,
+    **options,  # noqa: B008
+) -> Result:
     """
-    Act in scenes first ... first + n - 1 of `seed`, all at once; a scene that is done takes no further part.
+    Act in scenes first ... first + n - 1 of `seed`, all at once; a scene that is done takes no further part, but for
+    `linger` more steps.
 
-    act(images (n, 224, 224, 3) uint8, instructions, n of str) -> actions (n, 7), metres, radians and the world's
-    gripper values; None: the expert. swap: the instruction names another object of the scene, and picking up that
-    one ends it. record: the first so many come back as episodes, dicts of image (T + 1, 224, 224, 3) uint8, state
-    and action (T, 7) float32, instruction. noise: metres, spread of what is done around what `act` says and what is
-    recorded. options: of `make_scene`.
+    act(images (n, 224, 224, 3) uint8, instructions, n of str) -> actions (n, 7), or chunks (n, K, 7) that are carried
+    out before it is asked again, in metres, radians and the world's gripper values; None: the expert. swap: the
+    instruction names another object of the scene, and picking up that one ends it. record: the first so many come back
+    as episodes, dicts of image (T + 1, 224, 224, 3) uint8, state and action (T, 7) float32, instruction. noise: metres,
+    spread of what is done around what `act` says and what is recorded. options: of `make_scene`.
     """
     scenes = [make_scene(seed, first + i, world, **options) for i in range(n)]
     asked = [s.other if swap else s.named for s in scenes]
@@ -209,21 +221,27 @@ def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.
     rng, live = np.random.default_rng([seed, first, n]), list(range(n))
     result = Result(np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, int))
     rows = [[] for _ in scenes]  # T of (image, state, action) per scene
+    plans, over = [[] for _ in scenes], np.zeros(n, int)  # what each is still to do; steps since it was done
     for _ in range(MAX_STEPS):
-        images = [draw(scenes[i], world) if act or i < record else None for i in live]
-        if act:
-            actions = np.asarray(act(np.stack(images), [texts[i] for i in live]))
+        asking = [i for i in live if not plans[i]]
+        images = {i: draw(scenes[i], world) for i in live if i < record or (act and i in asking)}
+        if act and asking:
+            answers = act(np.stack([images[i] for i in asking]), [texts[i] for i in asking])
         else:
-            actions = [expert(scenes[i], asked[i], world) for i in live]
-        for i, image, action in zip(live, images, actions, strict=True):
-            scene, keep = scenes[i], i < record
+            answers = [expert(scenes[i], asked[i], world) for i in asking]
+        for i, answer in zip(asking, answers, strict=True):
+            plans[i] = list(np.atleast_2d(answer))
+        for i in live:
+            scene, keep, image, action = scenes[i], i < record, images.get(i), plans[i].pop(0)
             state = np.array([*scene.gripper, 0, 0, 0, scene.is_open], np.float32)
             rows[i] += [(image, state, np.asarray(action, np.float32))] * keep
             shift = rng.normal(0, noise, 3) * ([SHOVE, SHOVE, 1] if rng.random() < SHOVES else 1)
             step(scene, action + np.pad(shift, (0, 4)), world)
             result.steps[i] += 1
             result.success[i], result.other[i] = scene.is_done(scene.named), scene.is_done(scene.other)
-        live = [i for i in live if not (result.other if swap else result.success)[i]]
+        for i in live:
+            over[i] += bool((result.other if swap else result.success)[i])
+        live = [i for i in live if over[i] <= linger]
         if not live:
             break
     for i in range(min(record, n)):
@@ -233,13 +251,13 @@ def rollout(act, seed, n, world=World(), swap=False, record=0, first=0, noise=0.
     return result
 
 
-def demonstrations(seed: int, n: int, world: World = World()) -> Iterator[dict]:  # noqa: B008
-    """n successful episodes of the expert. It is disturbed, so that it shows how to recover."""
+def demonstrations(seed: int, n: int, world: World = World(), linger: int = 0) -> Iterator[dict]:  # noqa: B008
+    """n successful episodes of the expert. It is disturbed, so that it shows how to recover. linger: see `rollout`."""
     index = made = 0
     while made < n:
         i, turn = divmod(index, 3)  # each scene once for each object: only the words tell the three apart
-        tidy = i % 100 < 100 * world.tidy
-        result = rollout(None, seed, 1, world, record=1, first=i, noise=world.noise, tidy=tidy, turn=turn)
+        options = dict(noise=world.noise, linger=linger, tidy=i % 100 < 100 * world.tidy, turn=turn)
+        result = rollout(None, seed, 1, world, record=1, first=i, **options)
         if result.success[0]:
             yield result.episodes[0]
         index, made = index + 1, made + result.success[0]

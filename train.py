@@ -37,7 +37,7 @@ from checkpoint import check_folder
 from configurator import configure, fail
 from data import Mixture, Positions, make_loader, open_mixture, warn_constant
 from image import ImageProcessor
-from metrics import Log, Window, plot_curves, total
+from metrics import Log, Window, count, plot_curves, total
 from model import OpenVLA, OpenVLAConfig, write_atomically, write_json
 from tokenizer import PAD, Tokenizer, make_standin, prompt_for
 
@@ -114,13 +114,19 @@ def freeze(model: OpenVLA, parts: str):
         module.requires_grad_(True)
 
 
-def blocks_of(model: OpenVLA) -> list:
+def blocks_of(model: torch.nn.Module) -> list:
     """The transformer blocks of both towers and of the language model."""
+    model = core(model)
     towers = [vit for vit in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer) if vit]
     return [block for vit in towers for block in vit.blocks] + list(model.language_model.model.layers)
 
 
-def shard(model: OpenVLA, device: str, bf16: bool):
+def core(model: torch.nn.Module) -> OpenVLA:
+    """The model itself, or the one that an OFT (oft.py) holds."""
+    return getattr(model, "vla", model)
+
+
+def shard(model: torch.nn.Module, device: str, bf16: bool):
     """FSDP2: spread weights, gradients and optimizer over all processes; hybrid when there are several nodes."""
     world, per_node = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     nodes = world // per_node
@@ -130,7 +136,7 @@ def shard(model: OpenVLA, device: str, bf16: bool):
     options = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for block in blocks_of(model):
         fully_shard(block, **options)
-    fully_shard(model.vision_backbone, **options)
+    fully_shard(core(model).vision_backbone, **options)
     fully_shard(model, **options)
 
 
@@ -143,14 +149,14 @@ def build_optimizer(model: torch.nn.Module, cfg: Config, fused: bool) -> torch.o
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=fused)
 
 
-def forward(model, batch: dict, processor: ImageProcessor, device: str):
-    """One batch of data.collate -> (logits (n, V), loss, labels (n,), dataset of each of the n positions)."""
+def forward(model, batch: dict, processor: ImageProcessor, device: str, num_datasets: int):
+    """One batch of data.collate -> its loss, and sums for the metrics, (num_datasets, 3): see metrics.count."""
     images, ids, labels = (batch[k].to(device, non_blocking=True) for k in ("images", "input_ids", "labels"))
     pixel_values = processor.normalize(images[:, 0]).to(next(model.parameters()).dtype)
     logits, loss = model(ids, pixel_values, labels)
     trained = labels[:, 1:] >= 0
     which = batch["dataset"].to(device)[:, None].expand_as(trained)[trained]
-    return logits, loss, labels[:, 1:][trained], which
+    return loss, count(logits.detach(), labels[:, 1:][trained], which, num_datasets)
 
 
 # -----------------------------------------------------------------------------
@@ -307,10 +313,11 @@ def check_disk(run: Path, trained: int, exported: int, keep: int):
 # The loop
 
 
-def train(cfg: Config, make=build, write=export) -> dict:
+def train(cfg: Config, make=build, write=export, forward=forward, views=("primary",), action_chunk=1) -> dict:
     """
     Train as the config says. Returns the metrics of the last step. Raises ValueError or OSError for bad input.
-    make, write: what trains, and what becomes of it; finetune_lora.py has its own.
+    make, write, forward: what trains, what becomes of it, what a step computes; finetune_lora.py and finetune_oft.py
+    have their own. views, action_chunk: the cameras and the length of the answer in a sample.
     """
     sharded = "RANK" in os.environ  # started by torchrun
     cuda = torch.cuda.is_available()
@@ -329,7 +336,9 @@ def train(cfg: Config, make=build, write=export) -> dict:
     if rank == 0:  # the index is made once; the others find it
         open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records, progress=show)
     barrier()
-    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records)
+    parts = open_mixture(
+        cfg.data_root_dir, cfg.data_mix, "train", views, action_chunk, skip_bad_records=cfg.skip_bad_records
+    )
     stats = {d.name: d.statistics for d, _ in parts}
     model, tokenizer, processor = make(cfg)
     n_all = sum(p.numel() for p in model.parameters())
@@ -359,7 +368,7 @@ def train(cfg: Config, make=build, write=export) -> dict:
                              f"{cfg.base_checkpoint}; give that --base_checkpoint")  # fmt: skip
         step = load(newest[0], model, optimizer)
 
-    mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug)
+    mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug, action_chunk)
     positions = Positions(cfg.batch_size, cfg.micro_batch_size, rank, world, step)
     batches = iter(make_loader(mixture, positions, cfg.num_workers, pin_memory=cuda))
     accumulate = cfg.batch_size // (cfg.micro_batch_size * world)
@@ -383,10 +392,10 @@ def train(cfg: Config, make=build, write=export) -> dict:
             window.waited += time.perf_counter() - before
             if sharded:
                 model.set_requires_gradient_sync(micro == accumulate - 1)
-            logits, loss, labels, which = forward(model, batch, processor, device)
+            loss, sums = forward(model, batch, processor, device, len(parts))
             (loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
-            window.add(batch, logits, labels, which)
+            window.add(batch, sums)
         window.losses.append(step_loss)
         if not torch.isfinite(total(step_loss.clone())):
             first = step * cfg.batch_size
@@ -405,10 +414,10 @@ def train(cfg: Config, make=build, write=export) -> dict:
             flag = total(torch.tensor(len(stop), device=device))
             stop = stop or [signal.SIGTERM] * int(flag)
         if step % cfg.log_every == 0 or step == cfg.max_steps:
-            metrics = {"step": step, "lr": get_lr(step - 1, cfg), **window.close(model, list(stats))}
+            metrics = {"step": step, "lr": get_lr(step - 1, cfg), **window.close(core(model), list(stats))}
             window = Window(len(parts), device)
             if cfg.val_every and step % cfg.val_every < cfg.log_every:
-                metrics |= validate(model, cfg, processor, tokenizer, device)
+                metrics |= validate(model, cfg, processor, tokenizer, device, forward, views, action_chunk)
             if log:
                 log.write(metrics)
         if step % cfg.save_every == 0 or step == cfg.max_steps or stop:
@@ -430,20 +439,20 @@ def train(cfg: Config, make=build, write=export) -> dict:
 
 
 @torch.no_grad()
-def validate(model, cfg: Config, processor, tokenizer, device: str) -> dict:
+def validate(model, cfg: Config, processor, tokenizer, device: str, forward, views, action_chunk) -> dict:
     """Loss and action metrics on the first frames of the validation split, the same ones each time."""
-    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, split="val")
+    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "val", views, action_chunk)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     positions = Positions(cfg.micro_batch_size * world, cfg.micro_batch_size, rank, world)
     window = Window(len(parts), device)
     model.eval()
-    loader = make_loader(Mixture(parts, tokenizer, processor.size, cfg.seed), positions)
+    loader = make_loader(Mixture(parts, tokenizer, processor.size, cfg.seed, False, action_chunk), positions)
     for batch, _ in zip(loader, range(cfg.val_batches), strict=False):
-        logits, loss, labels, which = forward(model, batch, processor, device)
+        loss, sums = forward(model, batch, processor, device, len(parts))
         window.losses.append(loss)
-        window.add(batch, logits, labels, which)
+        window.add(batch, sums)
     model.train()
-    metrics = window.close(model, [d.name for d, _ in parts])
+    metrics = window.close(core(model), [d.name for d, _ in parts])
     return {f"val/{k}": v for k, v in metrics.items() if k.startswith(("loss", "action", "l1"))}
 
 

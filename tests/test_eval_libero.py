@@ -283,6 +283,29 @@ def test_absent_simulator_says_what_to_install(monkeypatch):
         S.setup()
 
 
+def test_a_chunk_is_carried_out_before_the_next_question():
+    """The policy gets upright JPEG pictures, words and state; what it says comes back as the simulator's actions."""
+
+    class Conn:
+        asked = []
+
+        def send(self, question):
+            self.asked.append(question)
+
+        def recv(self):
+            return np.full((3, 7), len(self.asked) / 10)
+
+    sim = FakeSimulator()
+    sim.start(0)
+    sim.cameras = ("image", "wrist_image")
+    act = E.actor(sim, dict(task=0, trial=0), Conn(), E.Config())
+    actions = [act() for _ in range(5)]
+    assert [a[0] for a in actions] == [0.1] * 3 + [0.2] * 2 and {a[6] for a in actions} == {1.0}
+    pictures, words, state = Conn.asked[0]
+    assert len(Conn.asked) == 2 and words == "open it" and state.shape == (8,)
+    assert [p.mean().round() for p in pictures] == [1, 0]
+
+
 # -----------------------------------------------------------------------------
 # With the simulator
 

@@ -1,0 +1,31 @@
+"""
+The toy world's model as OFT: eight actions in one forward pass. Needs `python train.py` first.
+
+    python finetune_oft.py            (which is python finetune_oft.py --config toy_oft.py)
+"""
+
+import oxe
+
+oxe.DATASETS["toy_chunks"] = oxe.Dataset(primary="image", state=("state",))
+
+toy_episodes = 4000
+data_root_dir = "runs/toy_oft/data"
+data_mix = "toy_chunks"
+run_dir = "runs/toy_oft"
+base_checkpoint = "runs/toy/checkpoint"
+views = ("primary",)
+use_proprio = False
+image_aug = False
+lora_rank = 64
+batch_size = 24
+micro_batch_size = 24
+lr = 1.5e-3
+schedule = "cosine"
+warmup_steps = 60
+beta2 = 0.95
+grad_clip = 1.0
+max_steps = 7000
+activation_checkpointing = False
+log_every = 100
+save_every = 1000
+num_workers = 1

@@ -1,0 +1,150 @@
+"""
+The OFT recipe: a trained OpenVLA becomes a policy that answers with a chunk of actions in one forward pass (oft.py).
+
+    python finetune_oft.py                         # the toy world's model, on a CPU
+    python finetune_oft.py --config libero_oft.py --base_checkpoint openvla-7b --data_root_dir DIR
+    python finetune_lora.py --merge runs/libero_spatial_oft --out openvla-7b-oft-libero-spatial
+
+The loop is that of train.py; the model gets LoRA adapters, the new parts train whole. sample.py and eval_libero.py take
+the run folder as it is, or the merged one. OpenVLA-OFT, https://arxiv.org/abs/2502.19645;
+vla-scripts/finetune.py of github.com/moojink/openvla-oft.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+import finetune_lora
+import train
+from configurator import configure, fail
+from data import open_mixture
+from metrics import count_actions
+from oft import OFT, OFTConfig, predict_chunk, save_components
+
+
+@dataclass
+class Config(finetune_lora.Config):
+    action_chunk: int = 8  # actions per answer: 8 LIBERO, 25 ALOHA, 5 Bridge
+    views: tuple[str, ...] = ("primary", "wrist")  # the cameras, in the order in which the model gets them
+    use_proprio: bool = True  # the robot's state as one more token
+    head: str = "l1"  # l1, diffusion, discrete
+    film: bool = False  # the instruction modulates the ViTs
+    # defaults other than finetune_lora.py's, as in the official recipe
+    batch_size: int = 64
+    micro_batch_size: int = 8
+    max_steps: int = 150_000
+    weight_decay: float = 0.0
+    schedule: str = "step"
+    decay_step: int = 100_000
+    save_every: int = 10_000
+
+
+def build(cfg: Config):
+    """The base checkpoint with adapters, held by an OFT whose new parts train whole, in float32."""
+    ((dataset, _),) = open_mixture(cfg.data_root_dir, cfg.data_mix, views=cfg.views, action_chunk=cfg.action_chunk)
+    model, tokenizer, processor = finetune_lora.build(cfg)
+    stats, sizes = dataset.statistics, {}
+    sizes["action_dim"] = len(stats["action"]["q01"])
+    sizes["proprio_dim"] = len(stats["proprio"]["q01"]) if cfg.use_proprio else 0
+    oft = OFTConfig(cfg.action_chunk, **sizes, num_images=len(cfg.views), head=cfg.head, film=cfg.film)
+    return OFT(model, oft), tokenizer, processor
+
+
+def forward(model: OFT, batch: dict, processor, device: str, num_datasets: int):
+    """
+    One batch of data.collate -> its loss, and sums for the metrics. As officially, no chunk reaches beyond the end of
+    its episode (the last K - 1 frames start none), so that there is no padding among the actions of the loss.
+    """
+    keys = ("images", "input_ids", "labels", "proprio", "actions")
+    images, ids, labels, proprio, actions = (batch[k].to(device, non_blocking=True) for k in keys)
+    dtype = model.vla.language_model.model.norm.weight.dtype
+    pixel_values = torch.cat([processor.normalize(view) for view in images.unbind(1)], dim=1).to(dtype)
+    loss, predicted = model(ids, labels, pixel_values, proprio, actions)
+    predicted = torch.zeros_like(actions) if predicted is None else predicted  # diffusion predicts noise
+    return loss, count_actions(predicted, actions, batch["dataset"].to(device), num_datasets)
+
+
+def export(run: Path, model: OFT, tokenizer, processor, stats: dict, cfg: Config):
+    """Adapter, components and all that the base checkpoint does not have, into the run folder."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=options)
+    if train.main_process():
+        names = {k: k.removeprefix("vla.").replace(".block.", ".") for k in state if ".lora_" in k}  # FiLM wraps blocks
+        adapters = {name: state.pop(k) for k, name in names.items()}
+        finetune_lora.write_run(run, model.vla, adapters, tokenizer, processor, stats, cfg)
+        save_components(model.oft, state, run)
+    train.barrier()
+
+
+def check(cfg: Config):
+    """Raise ValueError for what finetune_lora.py does not look at."""
+    finetune_lora.check(cfg)
+    if cfg.head not in ("l1", "diffusion", "discrete"):
+        raise ValueError(f"--head {cfg.head!r}: must be l1, diffusion or discrete")
+    if cfg.action_chunk < 1:
+        raise ValueError(f"--action_chunk {cfg.action_chunk}: must be 1 or more")
+
+
+def toy_oft(cfg: Config):
+    """The toy world's model as OFT: success, and how long an answer takes, beside the token model."""
+    import play
+    import sample
+    import toy
+
+    if not Path(cfg.base_checkpoint).is_dir():
+        raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
+    if not (Path(cfg.data_root_dir) / cfg.data_mix).is_dir():
+        # no chunk crosses the end of an episode, so they have to be long enough
+        episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, linger=cfg.action_chunk - 1)
+        toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
+    train.train(cfg, build, export, forward, cfg.views, cfg.action_chunk)
+    rows, answers = (
+        {},
+        {"tokens": (cfg.base_checkpoint, "toy", 1), "oft": (cfg.run_dir, cfg.data_mix, cfg.action_chunk)},
+    )
+    for name, (folder, key, steps) in answers.items():
+        policy = sample.load(folder)
+        ok = play.play(policy, cfg.toy_scenes, key, open_loop=steps).success
+        play.report(f"{name}, {steps} actions per answer", ok)
+        seconds = latency(policy, key)
+        print(f"  {1e3 * seconds:.1f} ms an answer, {steps / seconds:.0f} actions/s")
+        rows[name] = dict(success=float(ok.mean()), latency_s=seconds, actions_per_s=steps / seconds)
+    with open(Path(cfg.run_dir) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"toy": rows}) + "\n")
+
+
+def latency(policy, unnorm_key: str, times: int = 50) -> float:
+    """Seconds from picture and words to actions, one at a time: the median."""
+    import toy
+
+    scene, seconds = toy.make_scene(toy.TEST, 0, toy.World()), []
+    picture = toy.draw(scene, toy.World())
+    for _ in range(times):
+        start = time.perf_counter()
+        predict_chunk(policy, [[picture]], ["pick up the red cube"], None, unnorm_key)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def main(cfg: Config):
+    try:
+        check(cfg)
+        if cfg.toy_episodes:
+            toy_oft(cfg)
+        else:
+            train.train(cfg, build, export, forward, cfg.views, cfg.action_chunk)
+    except (ValueError, OSError) as error:
+        fail(error)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(configure(Config, sys.argv[1:] or ["--config", "toy_oft.py"]))

@@ -1,0 +1,295 @@
+"""OFT against the official code: L1, discrete, FiLM and diffusion heads, training gradients; the mask; batches."""
+
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from common import GOLDENS, golden, shared
+
+import image
+import oft as O
+from checkpoint import is_oft
+from configurator import configure
+from image import ImageProcessor
+from tokenizer import PROMPT, Tokenizer, normalize, unnormalize
+
+TENSORS, INFO = golden("oft")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer(shared("data/llama2-tokenizer/tokenizer.model"), PROMPT)
+
+
+def make(folders, tmp_path_factory, kind, num_images=2):
+    """The tiny model with the components of one kind beside it."""
+    folder = tmp_path_factory.mktemp("oft") / kind
+    shutil.copytree(folders["tiny-openvla"], folder)
+    for file in (GOLDENS / "tiny-oft" / kind).glob("*") if kind != "discrete" else []:
+        shutil.copy(file, folder)
+    cfg = O.OFTConfig(num_images=num_images, head="l1" if kind == "film" else kind, film=kind == "film")
+    if kind == "discrete":
+        cfg = replace(cfg, proprio_dim=0)
+    return O.load_oft(folder, torch.float32, cfg=cfg), folder
+
+
+@pytest.fixture(scope="session")
+def policies(folders, tmp_path_factory):
+    kinds = {name: make(folders, tmp_path_factory, name)[0] for name in ("l1", "film", "diffusion")}
+    return kinds | {"discrete": make(folders, tmp_path_factory, "discrete", 1)[0]}
+
+
+@pytest.fixture(scope="session")
+def pixels(folders):
+    """Names of pictures -> (1, 6 * V, 224, 224)."""
+    processor = ImageProcessor.from_pretrained(folders["tiny-openvla"])
+    return lambda *names: torch.cat([processor(GOLDENS / name) for name in names])[None]
+
+
+PRIMARY, WRIST = INFO["images"]["primary"], INFO["images"]["wrist"]
+STATE = TENSORS["proprio_normalized"].float()[None]
+
+
+def stats(kind="action"):
+    return json.loads((GOLDENS / "tiny-oft/l1/dataset_statistics.json").read_text())[INFO["unnorm_key"]][kind]
+
+
+def test_proprio_as_officially():
+    got = normalize(TENSORS["proprio_raw"].numpy(), stats("proprio"))
+    np.testing.assert_allclose(got, STATE[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["l1", "film", "diffusion"])
+def test_actions(kind, policies, tokenizer, pixels):
+    noise = TENSORS["diffusion/start_noise"][None] if kind == "diffusion" else None
+    prompt = tokenizer.encode_prompt(INFO["instruction"])
+    got = policies[kind].predict([prompt], pixels(PRIMARY, WRIST), STATE, noise)[0]
+    np.testing.assert_allclose(unnormalize(got, stats()), TENSORS[f"{kind}/actions"], atol=1e-4)
+
+
+def test_discrete_chunk(policies, tokenizer, pixels):
+    prompt = tokenizer.encode_prompt(INFO["discrete"]["instruction"])
+    ids, lengths = policies["discrete"].lay_out([prompt])
+    logits = policies["discrete"].act(ids, lengths, pixels(INFO["discrete"]["image"]))
+    assert logits.argmax(-1)[0].tolist() == TENSORS["discrete/token_ids"].tolist()
+    got = policies["discrete"].predict([prompt], pixels(INFO["discrete"]["image"]))[0]
+    np.testing.assert_allclose(unnormalize(got, stats()), TENSORS["discrete/actions"], atol=1e-6)
+
+
+def test_one_picture_without_state(policies, tokenizer, pixels):
+    """The same head, fewer inputs: l1_single of the golden file."""
+    full = policies["l1"]
+    small = O.OFT(full.vla, replace(full.oft, proprio_dim=0, num_images=1)).eval()
+    small.action_head.load_state_dict(full.action_head.state_dict())
+    got = small.predict([tokenizer.encode_prompt(INFO["instruction"])], pixels(PRIMARY))[0]
+    np.testing.assert_allclose(unnormalize(got, stats()), TENSORS["l1_single/actions"], atol=1e-4)
+
+
+def test_ddim():
+    alphas = O.alphas_cumprod(50)
+    np.testing.assert_allclose(alphas, TENSORS["ddim/alphas_cumprod"], atol=1e-6)
+    noisy = O.add_noise(TENSORS["ddim/x0"], TENSORS["ddim/noise"], TENSORS["ddim/t"], alphas)
+    np.testing.assert_allclose(noisy, TENSORS["ddim/add_noise"], atol=1e-6)
+    for steps in (10, 50):
+        x, trajectory = TENSORS["diffusion/start_noise"], []
+        for t in TENSORS[f"ddim/sample{steps}_timesteps"].tolist():
+            noise = x @ TENSORS["ddim/linear_W"].T + TENSORS["ddim/linear_b"]
+            trajectory.append(x := O.denoise(x, noise, t, 50 // steps, alphas))
+        np.testing.assert_allclose(torch.stack(trajectory), TENSORS[f"ddim/sample{steps}_trajectory"], atol=1e-5)
+    embedding = O.time_embedding(TENSORS["diffusion/time_embedding_t"], 16)
+    np.testing.assert_allclose(embedding, TENSORS["diffusion/time_embedding"], atol=1e-5)
+
+
+def training_batch(tokenizer, pixels):
+    """Ids and labels of the golden batch, pixel values, state and actions."""
+    train = INFO["train"]
+    pictures = torch.cat([pixels(*names) for names in train["images"]])
+    ids, labels = TENSORS["train/input_ids"], TENSORS["train/labels"]
+    for row, text, action in zip(ids, train["instructions"], TENSORS["train/actions"], strict=True):
+        mine, _ = tokenizer.encode_example(text, action.numpy())  # the chunk's 56 ids and </s>, as data.py writes them
+        assert row[: len(mine)].tolist() == mine.tolist()
+    return ids, labels, pictures, TENSORS["train/proprio"], TENSORS["train/actions"]
+
+
+def test_training_step(policies, tokenizer, pixels):
+    model = policies["l1"]
+    loss, predicted = model(*training_batch(tokenizer, pixels))
+    assert abs(loss.item() - INFO["train"]["l1_loss"]) < 1e-5
+    np.testing.assert_allclose(predicted, TENSORS["train/predicted_actions"], atol=1e-4)
+    model.zero_grad()
+    loss.backward()
+    names = {name.removeprefix("vla."): p for name, p in model.named_parameters()}
+    for name, norm in INFO["train"]["grad_norms"].items():
+        assert names[name].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+    for name in ("action_head.model.fc2.weight", "proprio_projector.fc1.weight"):
+        np.testing.assert_allclose(names[name].grad, TENSORS[f"train/grad/{name}"], atol=1e-5)
+    model.zero_grad()
+
+
+def test_film_training_row_without_padding(policies, tokenizer, pixels):
+    """The shorter row differs: the official mean counts its padding, so that a batch is not its rows."""
+    _, predicted = policies["film"](*training_batch(tokenizer, pixels))
+    difference = (predicted - TENSORS["film/train_predicted_actions"]).abs().amax((1, 2))
+    assert difference[1] < 1e-4 < difference[0]
+
+
+@pytest.mark.parametrize("kind", ["l1", "film", "diffusion", "discrete"])
+def test_batch_is_its_rows_and_nothing_is_changed(kind, policies, tokenizer, pixels):
+    model = policies[kind]
+    prompts = [tokenizer.encode_prompt(text) for text in ("open the drawer", INFO["instruction"])]
+    names = [(PRIMARY, WRIST), (WRIST, PRIMARY)] if kind != "discrete" else [(PRIMARY,), (WRIST,)]
+    pictures = torch.cat([pixels(*pair) for pair in names])
+    state = torch.cat([STATE, -STATE]) if kind != "discrete" else None
+    noise = torch.randn(2, 8, 7, generator=torch.Generator().manual_seed(0)) if kind == "diffusion" else None
+    given = [x for x in (pictures, state, noise) if x is not None]
+    before = [x.clone() for x in given]
+    both = model.predict(prompts, pictures, state, noise)
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
+    for i in range(2):
+        row = [None if x is None else x[i : i + 1] for x in (pictures, state, noise)]
+        np.testing.assert_allclose(model.predict(prompts[i : i + 1], *row)[0], both[i], atol=1e-4)
+
+
+def test_every_placeholder_sees_every_other(policies, tokenizer, pixels):
+    """With a causal mask the last placeholder's input could not change the first action."""
+    model = policies["l1"]
+    ids, lengths = model.lay_out([tokenizer.encode_prompt(INFO["instruction"])])
+    with torch.no_grad():
+        text, slots, seen = model.features(ids, lengths, pixels(PRIMARY, WRIST), STATE)
+        last = text.clone()
+        last[0, slots[0].nonzero()[-1]] += 1
+        first, second = (model.hidden_states(ids, lengths, x, seen)[0, 0] for x in (text, last))
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["l1", "film", "diffusion", "discrete"])
+def test_saved_and_loaded(kind, policies, tokenizer, pixels, folders, tmp_path):
+    model = policies[kind]
+    O.save_oft(model, tmp_path)
+    again = O.load_oft(tmp_path, torch.float32)  # chunk and pictures stand in the record
+    assert asdict(again.oft) == asdict(model.oft) and is_oft(tmp_path)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_what_a_folder_must_say(folders, tmp_path, policies):
+    shutil.copytree(folders["tiny-openvla"], tmp_path / "a")
+    for file in (GOLDENS / "tiny-oft/l1").glob("*"):
+        shutil.copy(file, tmp_path / "a")
+    with pytest.raises(ValueError, match='8 LIBERO, 25 ALOHA.*"proprio_dim": 8'):
+        O.load_oft(tmp_path / "a")
+    O.save_oft(policies["l1"], tmp_path / "b")
+    (tmp_path / "b/proprio_projector--latest_checkpoint.pt").unlink()
+    with pytest.raises(ValueError, match="proprio_projector.*missing"):
+        O.load_oft(tmp_path / "b")
+    with pytest.raises(ValueError, match="state of 8 numbers, got none"):
+        policies["l1"].predict([[1, 29871]], torch.zeros(1, 12, 224, 224))
+    with pytest.raises(ValueError, match="1 pictures, this checkpoint wants 2"):
+        policies["l1"].predict([[1, 29871]], torch.zeros(1, 6, 224, 224), STATE)
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny token model, and demonstrations long enough for chunks of three."""
+    import oxe
+    import toy
+    from train import Config, train
+
+    root = tmp_path_factory.mktemp("world")
+    oxe.DATASETS["toy_chunks"] = oxe.Dataset(primary="image", state=("state",))
+    toy.write_rlds(root, dict(train=toy.demonstrations(toy.TRAIN, 6, linger=2)), name="toy_chunks")
+    tower = dict(embed_dim=16, depth=2, num_heads=2, img_size=28, mlp_dim=32)
+    text = dict(vocab_size=32064, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    random_model = {"vision_configs": [tower, dict(tower, cls_token=False, reg_tokens=0, layer_scale=False)],
+                    "text_config": text}  # fmt: skip
+    options = dict(data_root_dir=str(root), data_mix="toy_chunks", image_aug=False, num_workers=0, batch_size=4)
+    options |= dict(micro_batch_size=4, activation_checkpointing=False, max_steps=2)
+    train(Config(**options, random_model=random_model, run_dir=str(root / "base")))
+    yield root, options | dict(base_checkpoint=str(root / "base/checkpoint"), lora_rank=2, action_chunk=3)
+    del oxe.DATASETS["toy_chunks"]
+
+
+@pytest.mark.parametrize("head, film, state", [("l1", False, True), ("l1", True, False), ("diffusion", False, True),
+                                               ("discrete", False, False)])  # fmt: skip
+def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
+    """finetune_oft.py -> run folder -> the same chunks from the run and from the merged folder -> closed loop."""
+    import finetune_oft as F
+    import play
+    import sample
+    import toy
+    import train
+    from lora import merge
+
+    root, options = world
+    cfg = F.Config(
+        **options, run_dir=str(tmp_path / "run"), views=("primary",), head=head, film=film, use_proprio=state
+    )
+    F.check(cfg)
+    metrics = train.train(cfg, F.build, F.export, F.forward, cfg.views, cfg.action_chunk)
+    assert np.isfinite(metrics["loss"])
+    policy = sample.load(tmp_path / "run")
+    assert policy.model.oft == O.OFTConfig(3, 7, 7 * state, 1, head, film)  # known from the folder alone
+    merge(tmp_path / "run", tmp_path / "merged")
+    pictures, states = [[np.full((224, 224, 3), v, np.uint8)] for v in (40, 200)], np.ones((2, 7), np.float32)
+    chunks = []
+    for folder in ("run", "merged"):
+        again = sample.load(tmp_path / folder)
+        torch.manual_seed(0)  # diffusion draws its noise
+        chunks.append(O.predict_chunk(again, pictures, ["go", "pick up the red cube"], states))
+    assert chunks[0].shape == (2, 3, 7)
+    np.testing.assert_allclose(*chunks, atol=1e-4)
+    picture = tmp_path / "a.png"
+    image.Image.fromarray(pictures[0][0]).save(picture)
+    words = ["--checkpoint", tmp_path / "run", "--image", picture, "--instruction", "go", "--json"]
+    words += ["--state", *[1.0] * 7] if state else []
+    sample.main(configure(sample.Config, [str(word) for word in words]))
+    said = np.array(json.loads(capsys.readouterr().out.splitlines()[-1])["actions"])
+    if head != "diffusion":
+        np.testing.assert_allclose(said, chunks[0][0], atol=1e-6)
+    if not state:
+        with pytest.raises(ValueError, match="use predict_chunk"):
+            sample.predict_action(policy, [picture], "go")
+        assert play.play(policy, 3, open_loop=3).steps.tolist() == [toy.MAX_STEPS] * 3
+
+
+def test_film_and_heads_are_trained(world, tmp_path):
+    """Each new part moves; of the base nothing does."""
+    import finetune_oft as F
+
+    _, options = world
+    cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), film=True, use_proprio=False)
+    model, tokenizer, processor = F.build(cfg)
+    trained = {
+        name.split(".")[0 if "vla" not in name else 1] for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert trained == {"action_head", "vision_backbone", "projector", "language_model"}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen and not any(part in name for name in frozen for part in ("lora_", "scale.", "shift.", "action_head"))
+
+
+def test_no_chunk_crosses_the_end(world):
+    from data import Mixture, open_mixture
+    from tokenizer import make_standin
+
+    root, options = world
+    ((dataset, _),) = open_mixture(root, "toy_chunks", action_chunk=3)
+    make_standin(root / "tokenizer.model")
+    mixture = Mixture([(dataset, 1.0)], Tokenizer(root / "tokenizer.model", PROMPT), action_chunk=3)
+    ((single, _),) = open_mixture(root, "toy_chunks")
+    assert len(single) - len(dataset) == 2 * len({single.where(i)[0] for i in range(len(single))})
+    assert mixture[0]["actions"].shape == (3, 7) and (mixture[0]["labels"] >= 0).sum() == 22
+
+
+def test_learning_rate_warms_up_and_decays():
+    import train
+
+    cfg = train.Config(lr=5e-4, warmup_steps=10, schedule="step", decay_step=100)
+    rates = [train.get_lr(step, cfg) for step in (0, 4, 9, 50, 99, 100, 149)]
+    np.testing.assert_allclose(rates, [5e-5, 2.5e-4, 5e-4, 5e-4, 5e-4, 5e-5, 5e-5])
