@@ -482,8 +482,11 @@ def main(cfg: Config):
     left = [job for job in jobs if (job["task"], job["trial"]) not in finished]
     warnings = []
     if left:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            warnings = pool.apply(check_in_process, (cfg.assets, cfg.task_suite, bool(cameras) or cfg.film))
+        try:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                warnings = pool.apply(check_in_process, (cfg.assets, cfg.task_suite, bool(cameras) or cfg.film))
+        except Exception as error:  # whatever MuJoCo or OpenGL miss
+            fail(f"the simulator does not run here: {type(error).__name__}: {error}")
         for text in warnings:
             say(text)
     start, bar = time.perf_counter(), tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", leave=False)

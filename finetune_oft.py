@@ -13,7 +13,7 @@ vla-scripts/finetune.py of github.com/moojink/openvla-oft.
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import finetune_lora
+import oxe
 import train
 from configurator import configure, fail
 from data import open_mixture
@@ -53,6 +54,8 @@ def build(cfg: Config):
     sizes["action_dim"] = len(stats["action"]["q01"])
     sizes["proprio_dim"] = len(stats["proprio"]["q01"]) if cfg.use_proprio else 0
     oft = OFTConfig(cfg.action_chunk, **sizes, num_images=len(cfg.views), head=cfg.head, film=cfg.film)
+    if cfg.head != "discrete":
+        model.language_model.lm_head.requires_grad_(False)  # nothing reads it: no gradient, no optimizer state
     return OFT(model, oft), tokenizer, processor
 
 
@@ -82,6 +85,12 @@ def export(run: Path, model: OFT, tokenizer, processor, stats: dict, cfg: Config
     train.barrier()
 
 
+def read_states_as_oft(data_mix):
+    """OFT reads the robot's state without a pad column between pose and gripper: 8 numbers in LIBERO, not 9."""
+    for name in [name for name, _ in oxe.mixture(data_mix)] if isinstance(data_mix, str) else []:
+        oxe.DATASETS[name] = replace(oxe.lookup(name), state=oxe.lookup(name).state_oft)
+
+
 def check(cfg: Config):
     """Raise ValueError for what finetune_lora.py does not look at."""
     finetune_lora.check(cfg)
@@ -100,8 +109,10 @@ def toy_oft(cfg: Config):
     if not Path(cfg.base_checkpoint).is_dir():
         raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
     if not (Path(cfg.data_root_dir) / cfg.data_mix).is_dir():
-        # no chunk crosses the end of an episode, so they have to be long enough
-        episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, linger=cfg.action_chunk - 1)
+        # no chunk crosses the end of an episode, so they have to be long enough; undisturbed, as nothing at a chunk's
+        # start tells what will disturb its later steps
+        calm, more = toy.World(noise=0.0), cfg.action_chunk - 1
+        episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, calm, linger=more)
         toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
     train.train(cfg, build, export, forward, cfg.views, cfg.action_chunk)
     rows, answers = (
@@ -135,6 +146,7 @@ def latency(policy, unnorm_key: str, times: int = 50) -> float:
 def main(cfg: Config):
     try:
         check(cfg)
+        read_states_as_oft(cfg.data_mix)
         if cfg.toy_episodes:
             toy_oft(cfg)
         else:

@@ -287,6 +287,10 @@ def predict_chunk(policy: sample.Policy, images, instructions, states=None, unno
     views = [policy.processor.normalize(torch.from_numpy(view).to(weight.device)) for view in views]
     proprio = None
     if model.oft.proprio_dim and states is not None:
+        if np.shape(states)[-1] != (wanted := len(stats["proprio"]["q01"])):
+            raise ValueError(
+                f"the state has {np.shape(states)[-1]} numbers, {policy.checkpoint} was trained on {wanted}"
+            )
         proprio = torch.from_numpy(normalize(states, stats["proprio"], model.oft.scheme)).to(weight.device)
     prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
     actions = model.predict(prompts, torch.cat(views, dim=1).to(weight.dtype), proprio)

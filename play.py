@@ -30,6 +30,7 @@ class Config:
     checkpoint: str = "runs/toy/checkpoint"
     out: str = "runs/toy"  # where rollouts.gif and actions.png go
     scenes: int = 200  # unseen ones
+    open_loop: int = 0  # of an OFT policy: actions of a chunk that are carried out before the next question; 0: all
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
 
 
@@ -102,8 +103,9 @@ def main(cfg: Config):
     except (ValueError, OSError) as error:
         fail(error)
     if oft := getattr(policy.model, "oft", None):
-        ok = play(policy, cfg.scenes, cfg.unnorm_key, open_loop=oft.action_chunk).success
-        report(f"success, {oft.action_chunk} actions per answer", ok)
+        steps = cfg.open_loop or oft.action_chunk
+        ok = play(policy, cfg.scenes, cfg.unnorm_key, open_loop=steps).success
+        report(f"success, {steps} of {oft.action_chunk} actions carried out", ok)
         return
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     print(json.dumps(evaluate(policy, cfg.scenes, Path(cfg.out))))

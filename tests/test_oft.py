@@ -259,6 +259,23 @@ def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
         assert play.play(policy, 3, open_loop=3).steps.tolist() == [toy.MAX_STEPS] * 3
 
 
+@pytest.mark.parametrize("head", ["l1", "diffusion"])
+def test_resumed_is_uninterrupted(head, world, tmp_path):
+    import finetune_oft as F
+    import train
+    from lora import read_adapter
+
+    _, options = world
+    for run, stops in (("whole", [4]), ("resumed", [2, 4])):
+        for max_steps in stops:
+            more = dict(run_dir=str(tmp_path / run), views=("primary",), head=head, max_steps=max_steps)
+            cfg = F.Config(**(options | more), use_proprio=False)
+            train.train(cfg, F.build, F.export, F.forward, cfg.views, cfg.action_chunk)
+    whole, resumed = ({**read_adapter(tmp_path / run)[1], **O.component(tmp_path / run, "action_head")}
+                      for run in ("whole", "resumed"))  # fmt: skip
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
 def test_film_and_heads_are_trained(world, tmp_path):
     """Each new part moves; of the base nothing does."""
     import finetune_oft as F
@@ -270,8 +287,19 @@ def test_film_and_heads_are_trained(world, tmp_path):
         name.split(".")[0 if "vla" not in name else 1] for name, p in model.named_parameters() if p.requires_grad
     }
     assert trained == {"action_head", "vision_backbone", "projector", "language_model"}
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and "lm_head" not in name]
     assert frozen and not any(part in name for name in frozen for part in ("lora_", "scale.", "shift.", "action_head"))
+
+
+def test_state_of_libero_has_eight_numbers(monkeypatch):
+    import finetune_oft as F
+    import oxe
+
+    monkeypatch.setattr(oxe, "DATASETS", dict(oxe.DATASETS))
+    F.read_states_as_oft("libero_4_task_suites_no_noops")
+    assert {oxe.lookup(name).state for name, _ in oxe.mixture("libero_4_task_suites_no_noops")} == {
+        ("EEF_state", "gripper_state")
+    }
 
 
 def test_no_chunk_crosses_the_end(world):
