@@ -190,12 +190,18 @@ class Mixture(Dataset):
             raise ValueError(f"{dataset.name}: frame {i}: {error}") from None
         if rng is not None:
             images = [augment(image, rng) for image in images]
-        stats = dataset.statistics
-        actions = chunk(normalize(frame["actions"], stats["action"]), dataset.absolute_mask, self.action_chunk - 1)[0]
+        stats, scheme = dataset.statistics, scheme_of(dataset)
+        actions = normalize(frame["actions"], stats["action"], scheme)
+        actions = chunk(actions, dataset.absolute_mask, self.action_chunk - 1)[0]
         input_ids, labels = self.tokenizer.encode_example(frame["instruction"], actions)
-        proprio = normalize(frame["proprio"], stats["proprio"]) if "proprio" in stats else frame["proprio"]
+        proprio = normalize(frame["proprio"], stats["proprio"], scheme) if "proprio" in stats else frame["proprio"]
         out = dict(images=np.stack(images), input_ids=input_ids, labels=labels, dataset=which)
         return out | dict(actions=actions.astype(np.float32), proprio=proprio.astype(np.float32))
+
+
+def scheme_of(dataset) -> str:
+    """How a dataset's actions and states are normalised: as its row in oxe.py says, if it has one."""
+    return dataset.row.scheme if hasattr(dataset, "row") else "bounds_q99"
 
 
 def to_picture(picture, size: int) -> np.ndarray:

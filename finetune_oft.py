@@ -24,7 +24,7 @@ import finetune_lora
 import oxe
 import train
 from configurator import configure, fail
-from data import open_mixture
+from data import open_mixture, scheme_of
 from metrics import count_actions
 from oft import OFT, OFTConfig, predict_chunk, save_components
 
@@ -53,7 +53,8 @@ def build(cfg: Config):
     stats, sizes = dataset.statistics, {}
     sizes["action_dim"] = len(stats["action"]["q01"])
     sizes["proprio_dim"] = len(stats["proprio"]["q01"]) if cfg.use_proprio else 0
-    oft = OFTConfig(cfg.action_chunk, **sizes, num_images=len(cfg.views), head=cfg.head, film=cfg.film)
+    sizes |= dict(num_images=len(cfg.views), scheme=scheme_of(dataset))
+    oft = OFTConfig(cfg.action_chunk, **sizes, head=cfg.head, film=cfg.film)
     if cfg.head != "discrete":
         model.language_model.lm_head.requires_grad_(False)  # nothing reads it: no gradient, no optimizer state
     return OFT(model, oft), tokenizer, processor

@@ -596,6 +596,11 @@ class Dataset:
         return len(self.absolute_action_mask)
 
     @property
+    def scheme(self) -> str:
+        """What of actions and state becomes -1 and 1, see tokenizer.SCHEMES: of ALOHA minimum and maximum."""
+        return "bounds" if self.action_encoding == "JOINT_POS_BIMANUAL" else "bounds_q99"
+
+    @property
     def absolute_action_mask(self) -> tuple[bool, ...]:
         """True: set point, repeated when padding past the end. False: change, padded with 0."""
         return ABSOLUTE_ACTION_MASK[self.action_encoding]

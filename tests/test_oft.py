@@ -302,6 +302,23 @@ def test_state_of_libero_has_eight_numbers(monkeypatch):
     }
 
 
+def test_aloha_is_normalised_by_minimum_and_maximum(world):
+    import oxe
+    from data import Mixture, open_mixture, scheme_of
+
+    root, _ = world
+    assert oxe.lookup("aloha1_fold_shirt_30_demos").scheme == "bounds"
+    assert {row.scheme for name, row in oxe.DATASETS.items() if "aloha" not in name} == {"bounds_q99"}
+    ((dataset, _),) = open_mixture(root, "toy_chunks", action_chunk=3)
+    frame, stats = dataset[0], dataset.statistics["action"]
+    assert scheme_of(dataset) == "bounds_q99"
+    for scheme in ("bounds_q99", "bounds"):
+        dataset.row = type("Row", (), dict(scheme=scheme))
+        mixture = Mixture([(dataset, 1.0)], Tokenizer(root / "base/tokenizer.model", PROMPT), action_chunk=3)
+        want = normalize(frame["actions"], stats, scheme)
+        np.testing.assert_array_equal(mixture.sample(0, 0)["actions"], want)
+
+
 def test_no_chunk_crosses_the_end(world):
     from data import Mixture, open_mixture
     from tokenizer import make_standin
