@@ -98,7 +98,8 @@ def simulate(conn: Connection, play: Callable, cfg: Config, cameras: tuple[str, 
         while (job := conn.recv()) is not None:
             try:
                 if sim and (sim.task != job["task"] or sim.resets > job["trial"]):
-                    sim = sim.close()
+                    sim.close()
+                    sim = None
                 sim = sim or Simulator(cfg.task_suite, job["task"], cameras, blind=not cameras and not cfg.film)
                 row = play(sim, job, conn, cfg, out)
             except (EOFError, ConnectionError):

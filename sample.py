@@ -80,6 +80,7 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
 
 
 def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
+    """Of `dataset_stats`, those of the actions."""
     return dataset_stats(norm_stats, unnorm_key, checkpoint)["action"]
 
 
