@@ -62,7 +62,12 @@ def check_folder(folder: str | Path) -> OpenVLAConfig:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder}: config.json or dataset_statistics.json cannot be used ({error})") from None
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in OpenVLA(config).state_dict().items()}
+        model = OpenVLA(config)
+    if config.extra.get("quantization"):
+        from quantize import prepare
+
+        prepare(model)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for path in weight_files(folder):
         for name, shape in read_header(path).items():
             if is_unused(name, config):

@@ -16,6 +16,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,17 @@ from checkpoint import base_of, check_folder, home_of, is_oft
 from configurator import configure, fail
 from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
 from model import OpenVLA, OpenVLAConfig
-from tokenizer import PAD, Tokenizer, decode_action, is_action_id, pad_sequences, prompt_for, unnormalize
+from tokenizer import (
+    PAD,
+    Tokenizer,
+    decode_action,
+    encode_action,
+    is_action_id,
+    normalize,
+    pad_sequences,
+    prompt_for,
+    unnormalize,
+)
 
 NO_CHECKPOINT = """no checkpoint. The released weights are on Hugging Face: `git lfs install`, then
 `git clone https://huggingface.co/openvla/openvla-7b` (15 GB) and `--checkpoint openvla-7b`."""
@@ -54,6 +65,7 @@ class Policy:
     processor: ImageProcessor
     norm_stats: dict
     checkpoint: str
+    engine: Any = None  # an Engine of engine.py: the same tokens in fewer passes
 
 
 def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", progress=lambda names: names) -> Policy:
@@ -70,6 +82,10 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
         from oft import load_oft
 
         model = load_oft(checkpoint, dtype, device, progress=progress)
+    elif config.extra.get("quantization"):
+        from quantize import load_quantized
+
+        model = load_quantized(checkpoint, dtype, device, progress)
     else:
         model = OpenVLA.from_pretrained(base or checkpoint, dtype, device, progress)
         if base:
@@ -106,28 +122,27 @@ def prepare(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
     return center_crop(image) if crop or (crop is None and "center_crop" in done) else image
 
 
-def predict_tokens(policy: Policy, images, instructions: list[str], num_tokens: int, crop: bool | None = None):
-    """Pictures and instructions (B each) -> action ids (B, num_tokens) int64, on the CPU."""
+def predict_tokens(policy: Policy, images, instructions: list[str], num_tokens: int, crop=None, draft=None):
+    """Pictures and instructions (B each) -> action ids (B, num_tokens) int64, on the CPU. draft: the engine's."""
     if len(images) != len(instructions) or not len(images):
         raise ValueError(f"{len(images)} pictures and {len(instructions)} instructions: they must be as many, and some")
     weight = policy.model.language_model.model.norm.weight
     pixels = torch.from_numpy(np.stack([prepare(policy, image, crop) for image in images])).to(weight.device)
     input_ids, lengths = pad_sequences([policy.tokenizer.encode_prompt(text) for text in instructions], PAD)
     mixed = bool((lengths != lengths[0]).any())
-    tokens, _ = policy.model.generate(
-        input_ids.to(weight.device),
-        policy.processor.normalize(pixels).to(weight.dtype),
-        num_tokens,
-        lengths.to(weight.device) if mixed else None,
-    )
+    pixel_values = policy.processor.normalize(pixels).to(weight.dtype)
+    inputs = input_ids.to(weight.device), pixel_values, num_tokens, lengths.to(weight.device) if mixed else None
+    tokens, _ = policy.engine.generate(*inputs, draft) if policy.engine else policy.model.generate(*inputs)
     return tokens.cpu()
 
 
-def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", crop: bool | None = None) -> np.ndarray:
+def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", crop=None, previous=None) -> np.ndarray:
     """
     images: B paths, PIL images or (H, W, 3) uint8 arrays; instructions: B texts, or one for all. Returns (B, A)
     float64 in the robot's units (metres, radians; gripper 1 open, 0 closed). crop: show only the middle 90 % (None: as
-    the checkpoint says). Warns when the model wrote a token that is no action. Raises ValueError for bad input.
+    the checkpoint says). previous (B, A): what was returned for these robots' last pictures; with policy.engine it
+    saves time, and never changes the answer. Warns when the model wrote a token that is no action. Raises ValueError
+    for bad input.
     """
     if not hasattr(policy.model, "generate"):
         raise ValueError(
@@ -135,7 +150,11 @@ def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", c
         )
     instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
     stats = action_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
-    tokens = predict_tokens(policy, images, instructions, len(stats["q01"]), crop).numpy()
+    draft = None
+    if policy.engine:  # without a last action: that nothing moves
+        previous = np.zeros((len(images), len(stats["q01"]))) if previous is None else previous
+        draft = torch.from_numpy(encode_action(normalize(previous, stats)))
+    tokens = predict_tokens(policy, images, instructions, len(stats["q01"]), crop, draft).numpy()
     if not is_action_id(tokens).all():
         warnings.warn(f"not an action: the model wrote ids {tokens.tolist()}; is it trained for robots?", stacklevel=2)
     return unnormalize(decode_action(tokens), stats)

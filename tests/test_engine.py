@@ -1,0 +1,126 @@
+"""Drafts, recorded passes, compiled blocks and batches: the tokens of greedy decoding, whatever the draft."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from common import with_tokenizer
+
+import engine as engine_module
+import sample
+from engine import Engine
+from model import OpenVLA
+from tokenizer import NUM_BINS, VOCAB_SIZE, is_action_id
+
+N = 7
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    return OpenVLA.from_pretrained(folders["tiny-openvla"], torch.float32)
+
+
+def random_inputs(seed: int, B: int):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 30, (B,), generator=g)
+    ids = torch.randint(3, 31000, (B, int(lengths.max())), generator=g)
+    ids[:, 0] = 1
+    return ids, torch.randn(B, 6, 224, 224, generator=g), lengths
+
+
+def drafts_for(tokens: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    wrong = (tokens + VOCAB_SIZE // 2) % VOCAB_SIZE
+    partly = torch.where(torch.rand(tokens.shape, generator=g) < 0.7, tokens, wrong)
+    return dict(right=tokens, wrong=wrong, partly=partly, of_another=tokens.roll(1, 0), random=wrong.roll(3, 1))
+
+
+def test_greedy_whatever_the_draft(model):
+    """1,000 random prompts and pictures, in batches of mixed lengths."""
+    engine = Engine(model)
+    for seed in range(50):
+        ids, pixels, lengths = random_inputs(seed, 20)
+        want = model.generate(ids, pixels, N, lengths)[0]
+        name, draft = list(drafts_for(want, seed).items())[seed % 5]
+        for given in (None, draft):
+            before = None if given is None else given.clone()
+            tokens, passes = engine.generate(ids, pixels, N, lengths, given)
+            assert torch.equal(tokens, want), (seed, name)
+            assert given is None or torch.equal(given, before)
+            assert passes == 1 if given is not None and name == "right" else passes <= N
+
+
+def test_batch_is_its_rows(model):
+    engine = Engine(model)
+    ids, pixels, lengths = random_inputs(99, 6)
+    want = model.generate(ids, pixels, N, lengths)[0]
+    for draft in (None, *drafts_for(want, 1).values()):
+        for i, T in enumerate(lengths.tolist()):
+            row = None if draft is None else draft[i : i + 1]
+            tokens, _ = engine.generate(ids[i : i + 1, :T], pixels[i : i + 1], N, None, row)
+            assert torch.equal(tokens[0], want[i])
+
+
+def test_recorded_passes(model, monkeypatch):
+    """What a GPU would record: padded prompts, one cache and one shape of pass for all; here without the recording."""
+    made = []
+    monkeypatch.setattr(engine_module, "record", lambda fn, inputs: made.append(fn) or fn)
+    engine = Engine(model)
+    engine.records = True
+    for seed in range(4):
+        ids, pixels, lengths = random_inputs(seed, 2)
+        ids, lengths = ids[:, :12], lengths.clamp_max(12)
+        want = model.generate(ids, pixels, N, lengths)[0]
+        for draft in (None, *drafts_for(want, seed).values()):
+            assert torch.equal(engine.generate(ids, pixels, N, lengths, draft)[0], want)
+    assert len(made) == 3 and len(engine.caches) == 1  # greedy, first, again; all prompts were padded to one length
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ on a CPU")
+def test_compiled(model):
+    engine = Engine(model, compile=True)
+    ids, pixels, lengths = random_inputs(0, 2)
+    for seed in range(2):
+        pixels = pixels.roll(1, 0)
+        want = model.generate(ids, pixels, N, lengths)[0]
+        draft = drafts_for(want, seed)["partly"]
+        assert torch.equal(engine.generate(ids, pixels, N, lengths, draft)[0], want)
+    torch.compiler.reset()
+
+
+def test_actions_only(model):
+    """The best of the 256 action ids, where greedy decoding writes others."""
+    model = copy.deepcopy(model)
+    model.language_model.lm_head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    ids, pixels, _ = random_inputs(5, 3)
+    want, logits = model.generate(ids, pixels, N)
+    assert not is_action_id(want).all()
+    for draft in (None, want, torch.full_like(want, 31900)):
+        tokens, _ = Engine(model, actions_only=True).generate(ids, pixels, N, None, draft)
+        assert is_action_id(tokens).all()
+        best = logits[:, 0, VOCAB_SIZE - NUM_BINS : VOCAB_SIZE].argmax(-1) + VOCAB_SIZE - NUM_BINS
+        assert torch.equal(tokens[:, 0], best)
+
+
+def test_refusals(model):
+    ids, pixels, _ = random_inputs(5, 2)
+    with pytest.raises(ValueError, match=r"draft is \(2, 6\), wanted \(2, 7\)"):
+        Engine(model).generate(ids, pixels, N, None, torch.zeros(2, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match="prompt too long"):
+        Engine(model).generate(ids.repeat(1, 200), pixels, N)
+    draft = torch.full((2, N), 10**6)  # no id at all: a draft cannot do harm
+    assert torch.equal(Engine(model).generate(ids, pixels, N, None, draft)[0], model.generate(ids, pixels, N)[0])
+
+
+def test_policy_with_previous_actions(folders, tmp_path):
+    """predict_action with an engine: the same actions, and the last ones are a draft that fits when nothing changes."""
+    policy = sample.load(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
+    pictures = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8) for i in range(2)]
+    words = ["put the spoon on the towel", "lift it"]
+    want = sample.predict_action(policy, pictures, words, "bridge_orig")
+    policy.engine = Engine(policy.model, actions_only=False)
+    for previous in (None, want, want[::-1]):
+        got = sample.predict_action(policy, pictures, words, "bridge_orig", previous=previous)
+        np.testing.assert_array_equal(got, want)

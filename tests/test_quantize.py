@@ -1,0 +1,130 @@
+"""Eight and four bits: the arithmetic, the folder, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bench
+import quantize
+import sample
+from checkpoint import check_folder
+from configurator import configure
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantize") / "whole"
+    bench.write_random_checkpoint(folder, "tiny")
+    return folder
+
+
+def restored(parts: dict, bits: int) -> torch.Tensor:
+    """The weight that a kernel multiplies with, (out, in) float32."""
+    if bits == 8:
+        return parts["weight"].float() * parts["scale"].float()[:, None]
+    codes = torch.stack([parts["weight"] >> 4, parts["weight"] & 15], dim=-1).flatten(1).float()
+    scale, middle = parts["scale"].float().unbind(-1)  # (out, in / group)
+    codes = codes.view(*scale.shape, -1)
+    return ((codes - 8) * scale[..., None] + middle[..., None]).flatten(1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([8, 4]), st.sampled_from([32, 64]), st.integers(0, 10**6), st.floats(1e-3, 1e3))
+def test_nearest_code(bits, group, seed, size):
+    w = torch.randn(16, 128, generator=torch.Generator().manual_seed(seed)) * size
+    parts = quantize.quantize(w, bits, group)
+    step = parts["scale"].float()[:, None] if bits == 8 else parts["scale"][..., 0].float().repeat_interleave(group, 1)
+    # half a step, and at the ends what rounding the scales to bfloat16 left out of reach
+    reach = 0.5 + (127 if bits == 8 else 15) * 2**-8 + 0.5 * (bits == 4)
+    assert ((restored(parts, bits) - w).abs() <= reach * step).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_is_the_restored_weight(bits, dtype):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(128, 64, bias=False), torch.randn(1, 300, 128).to(dtype)
+    parts = quantize.quantize(linear.weight.detach(), bits, 32)
+    layer = {8: quantize.Int8Linear, 4: quantize.Int4Linear}[bits](linear, 32)
+    layer.load_state_dict({k: v if k == "weight" else v.to(dtype) for k, v in parts.items()}, assign=True)
+    layer.pack()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for rows in (1, 7, 300):
+        want = x[:, :rows].float() @ restored(parts, bits).T
+        torch.testing.assert_close(layer(x[:, :rows]).float(), want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folder(whole, tmp_path, bits):
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    out = tmp_path / "small"
+    quantize.main(
+        configure(
+            quantize.Config, ["--checkpoint", str(whole), "--out", str(out), "--bits", str(bits), "--group", "32"]
+        )
+    )
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+    check_folder(out)
+    policy = sample.load(out, torch.float32)
+    layer = policy.model.get_submodule("language_model.model.layers.0.mlp.up_proj")
+    assert isinstance(layer, {8: quantize.Int8Linear, 4: quantize.Int4Linear}[bits])
+    assert layer.weight.element_size() == 1
+    assert layer.weight.data_ptr() % 64 == layer.scale.data_ptr() % 64 == 0  # the kernels crash on a mapped file's
+    exact = sample.load(whole, torch.float32)
+    ids = torch.tensor([exact.tokenizer.encode_prompt("put the spoon on the towel")])
+    pixels = torch.randn(1, 6, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want, got = exact.model(ids, pixels)[0], policy.model(ids, pixels)[0]
+    error = ((got - want).norm() / want.norm()).item()
+    assert 0 < error < {8: 0.02, 4: 0.2}[bits]
+
+
+def test_odd_width():
+    """PyTorch's 8-bit kernel crashes or errs on widths that are no multiple of 32; they go another way."""
+    linear, x = nn.Linear(40, 24, bias=False), torch.randn(1, 7, 40).bfloat16()
+    parts = quantize.quantize(linear.weight.detach(), 8, 32)
+    layer = quantize.Int8Linear(linear, 32)
+    layer.load_state_dict(parts, assign=True)
+    torch.testing.assert_close(layer(x).float(), x.float() @ restored(parts, 8).T, atol=0.03, rtol=0.03)
+
+
+def test_refusals(whole, tmp_path):
+    out = tmp_path / "small"
+
+    def refuse(match, bits=8, group=32, source=whole, to=out):
+        with pytest.raises(ValueError, match=match):
+            quantize.write(source, to, bits, group)
+        assert not out.exists()
+
+    refuse("bits must be 8 or 4", bits=3)
+    refuse("does not divide", bits=4, group=256)
+    refuse("exists", to=tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(whole))))
+    refuse("LoRA run", source=run)
+    quantize.write(whole, out, 8, 32)
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize.write(out, tmp_path / "again", 8, 32)
+
+
+def test_cut_off(whole, tmp_path, monkeypatch):
+    """Killed on the way: there is no folder that looks whole, and the next try starts anew."""
+    written = []
+
+    def dies(path, write):
+        if path.name == quantize.INDEX:
+            raise KeyboardInterrupt
+        written.append(path)
+
+    with monkeypatch.context() as m:
+        m.setattr(quantize, "write_json", lambda path, content: dies(path, None))
+        with pytest.raises(KeyboardInterrupt):
+            quantize.write(whole, tmp_path / "out", 8, 32)
+    assert not (tmp_path / "out").exists()
+    quantize.write(whole, tmp_path / "out", 8, 32)
+    check_folder(tmp_path / "out")
