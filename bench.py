@@ -157,7 +157,7 @@ def bench_load(cfg: Config):
         predict_action(policy, [image], ["pick up the red cube"], key)
         rows = dict(load_s=loaded - start, first_action_s=acted - loaded, second_action_s=time.perf_counter() - acted)
         rows |= dict(resident_before_mb=before, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        rows["weights_mb"] = sum(p.nbytes for p in policy.model.parameters()) / 2**20
+        rows["weights_mb"] = sum(w.nbytes for w in policy.model.state_dict().values()) / 2**20
         print(json.dumps(rows | {"peak_over_weights": rows["peak_mb"] / rows["weights_mb"]}))
         return
     with tempfile.TemporaryDirectory() as tmp:

@@ -375,22 +375,22 @@ class OpenVLA(nn.Module):
         return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.bfloat16, device="cpu", progress=iter, prepare=lambda model: model):
+    def from_pretrained(cls, folder, dtype=torch.bfloat16, device="cpu", progress=iter, prepare=None) -> "OpenVLA":
         """
-        Load a checkpoint folder in Hugging Face layout (openvla/openvla-7b, a fine-tuned model, our own export).
-        Strict: raises if a tensor is missing or of another shape (`checkpoint.check_folder` says how to mend it).
-        Weights stay mapped where dtype and device fit. progress: wraps their names. prepare: changes the empty model.
+        Load a folder in Hugging Face layout; raises if a tensor is missing or has another shape. Weights stay mapped if
+        dtype and device fit. progress: wraps their names. prepare: changes the empty model; weights are then copied.
         """
         folder = Path(folder)
         with torch.device("meta"):  # no memory until the weights arrive
-            model = prepare(cls(OpenVLAConfig.from_dict(read_config(folder))))
+            model = (prepare or nn.Identity())(cls(OpenVLAConfig.from_dict(read_config(folder))))
         state, where = {}, weight_map(folder)
         maps = {file: safe_open(folder / file, framework="pt") for file in set(where.values())}
         for name in progress(where):
             tensor = maps[where[name]].get_tensor(name)  # mapped: its bytes are read when they are used
+            kind = dtype if tensor.is_floating_point() else None
             if is_unused(name, model.cfg):
                 model.unused[name] = tensor
-            elif state.setdefault(name, tensor.to(device, dtype if tensor.is_floating_point() else None)) is not tensor:
+            elif state.setdefault(name, tensor.to(device, kind, copy=bool(prepare))) is not tensor:
                 maps[where[name]] = safe_open(folder / where[name], framework="pt")  # lets the pages just copied go
         model.load_state_dict(state, strict=True, assign=True)
         return model.eval()

@@ -65,13 +65,9 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(linear.out_features))
 
-    def pack(self):
-        """Out of the mapped file: the kernel wants aligned memory, and crashes without."""
-        self.weight, self.scale = self.weight.clone(), self.scale.clone()
-
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= FEW and rows.shape[1] % 32 == 0:  # others make the kernel read beyond the end
+        if len(rows) <= FEW and rows.shape[1] % 32 == 0:  # else the kernel reads beyond the end
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
@@ -120,7 +116,7 @@ def load_quantized(folder, dtype=torch.bfloat16, device="cpu", progress=lambda n
     """A folder that `write` made -> the model. The whole weights are never in memory, nor are they on disk."""
     model = OpenVLA.from_pretrained(folder, dtype, device, progress, prepare)
     for module in model.modules():
-        if isinstance(module, (Int8Linear, Int4Linear)):
+        if isinstance(module, Int4Linear):
             module.pack()
     return model
 

