@@ -168,7 +168,7 @@ def bench_load(cfg: Config):
         argv = [sys.executable, __file__, "load", "--checkpoint", str(folder), "--dtype", cfg.dtype]
         run = subprocess.run(argv, env={**os.environ, "BENCH_LOAD_CHILD": "1"}, capture_output=True, text=True)
         if run.returncode:
-            fail(run.stderr.strip())
+            fail(run.stderr.strip().removeprefix("error: "))
         report({"disk_mb": disk, "dtype": cfg.dtype, **json.loads(run.stdout.splitlines()[-1])})
 
 

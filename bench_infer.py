@@ -268,11 +268,11 @@ def plot(runs: list[dict], path: str):
     names = [n for n in names if any(n in run["ways"] for run in runs)]
     figure, axes = plt.subplots(1, len(runs), figsize=(2.6 * len(runs) + 1, 3.2), squeeze=False)
     for axis, run in zip(axes[0], runs, strict=True):
-        for k, name in enumerate(names):
-            if name in run["ways"]:
-                ms = run["ways"][name]["ms"]
-                axis.bar(k, ms, color=f"C{k}", label=name)
-                axis.text(k, ms, f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}", ha="center", va="bottom", fontsize=8)
+        for k, name in enumerate(name for name in names if name in run["ways"]):
+            ms = run["ways"][name]["ms"]
+            axis.bar(k, ms, color=f"C{names.index(name)}", label=name)
+            axis.text(k, ms, f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}", ha="center", va="bottom", fontsize=8)
+        axis.margins(y=0.1)
         axis.set_title(run.get("label", ""), fontsize=9)
         axis.set_xticks([])
     axes[0][0].set_ylabel("ms per action (median)")

@@ -8,7 +8,7 @@ import oxe
 
 oxe.DATASETS["toy_chunks"] = oxe.Dataset(primary="image", state=("state",))
 
-toy_episodes = 4000
+toy_episodes = 8000
 data_root_dir = "runs/toy_oft/data"
 data_mix = "toy_chunks"
 run_dir = "runs/toy_oft"
@@ -24,8 +24,8 @@ schedule = "cosine"
 warmup_steps = 60
 beta2 = 0.95
 grad_clip = 1.0
-max_steps = 5000
+max_steps = 12000
 activation_checkpointing = False
 log_every = 100
-save_every = 1000
+save_every = 2000
 num_workers = 1

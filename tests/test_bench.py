@@ -1,0 +1,34 @@
+"""The benchmarks run and say the same thing twice; no test looks at a time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from common import ROOT
+
+
+def bench(*argv: str) -> dict:
+    run = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_infer(tmp_path):
+    argv = "infer --shape tiny --dtype float32 --device cpu --actions 3 --inputs 2".split()
+    row = bench(*argv, "--log", str(tmp_path / "log"), "--plot", str(tmp_path / "a.png"))
+    assert set(row["ways"]) == {"model.generate", "one by one", "drafted, all wrong", "drafted, all right"}
+    assert all(way["same_action"] == 1 for way in row["ways"].values())
+    assert row["ways"]["drafted, all right"]["tokens_per_pass"] == 7
+    assert json.loads((tmp_path / "log").read_text())["label"] == "tiny, float32" and (tmp_path / "a.png").is_file()
+
+
+def test_train():
+    row = bench(*"train --shape tiny --dtype float32 --device cpu --batch_size 2 --seconds 0".split())
+    assert row["samples_per_s"] > 0
+
+
+@pytest.mark.parametrize("argv", [["fly"], ["infer", "--shape", "giant"], ["load", "--checkpoint", "nowhere"]])
+def test_refusals(argv):
+    run = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr
