@@ -1,0 +1,271 @@
+"""The server: official clients, batches, wrong requests, overload, and an end under load."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from common import ROOT, with_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import sample
+
+requests = pytest.importorskip("requests", reason="pip install -r requirements-serve.txt")
+json_numpy = pytest.importorskip("json_numpy", reason="pip install -r requirements-serve.txt")
+pytest.importorskip("fastapi", reason="pip install -r requirements-serve.txt")
+pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
+
+WORDS = ["put the spoon on the towel", "lift it", "open the drawer of the small cabinet", "move"]
+
+
+@pytest.fixture(scope="module")
+def folder(folders, tmp_path_factory):
+    return with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path_factory.mktemp("serve") / "m"))
+
+
+def start(folder, *argv: str):
+    """A server of its own process -> (process, its address), when it answers."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "serve.py", "--checkpoint", str(folder), "--port", str(port), "--dtype", "float32"]
+    process = subprocess.Popen([*command, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        if process.poll() is not None:
+            raise RuntimeError(process.stderr.read())
+        try:
+            requests.get(f"{url}/health", timeout=5)
+            return process, url
+        except requests.ConnectionError:
+            time.sleep(0.1)
+    raise TimeoutError("the server does not start")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    process, url = start(folder, "--unnorm_key", "bridge_orig")
+    yield url
+    process.terminate()
+    process.wait(20)
+
+
+def official(url: str, payload: dict):
+    """The client of vla-scripts/deploy.py's docstring. (json_numpy.patch() changes the json module for everyone.)"""
+    before = {name: getattr(json, name) for name in ("dumps", "loads", "dump", "load")}
+    json_numpy.patch()
+    try:
+        return requests.post(f"{url}/act", json=payload).json()
+    finally:
+        for name, function in before.items():
+            setattr(json, name, function)
+
+
+def post(url: str, payload: dict, **options):
+    """The same without the patch; for threads."""
+    options.setdefault("headers", {})["content-type"] = "application/json"
+    return requests.post(f"{url}/act", data=json_numpy.dumps(payload), **options)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+def wanted(folder, pictures, words, key="bridge_orig"):
+    policy = sample.load(folder, torch.float32)
+    return [sample.predict_action(policy, [p], [w], key)[0] for p, w in zip(pictures, words, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_official_client(server, folder):
+    """As in the docstring of vla-scripts/deploy.py, and with arrays encoded twice: what sample.py says."""
+    for key, more in (("bridge_orig", {}), ("toy", {"unnorm_key": "toy"})):
+        (want,) = wanted(folder, [picture(0)], WORDS[:1], key)
+        payload = {"image": picture(0), "instruction": WORDS[0], **more}
+        action = official(server, payload)
+        assert isinstance(action, np.ndarray) and action.dtype == np.float64
+        np.testing.assert_allclose(action, want, atol=1e-12)
+        twice = official(server, {"encoded": json_numpy.dumps(payload)})
+        np.testing.assert_allclose(json_numpy.loads(twice), want, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_form(server, folder):
+    (want,) = wanted(folder, [picture(1)], WORDS[:1])
+    data = io.BytesIO()
+    Image.fromarray(picture(1)).save(data, "PNG")
+    answer = requests.post(f"{server}/act", files={"image": data.getvalue()}, data={"instruction": WORDS[0]}).json()
+    np.testing.assert_allclose(answer["action"], want, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_many_clients(server, folder):
+    """Sixteen at a time, pictures and words of mixed lengths: each gets its own answer."""
+    n = 16
+    pictures, words = [picture(i) for i in range(n)], [WORDS[i % 4] for i in range(n)]
+    want = wanted(folder, pictures, words)
+
+    def ask(k: int):
+        i = k % n
+        response = post(server, {"image": pictures[i], "instruction": words[i]})
+        return response.status_code, np.abs(json_numpy.loads(response.text) - want[i]).max()
+
+    with ThreadPoolExecutor(n) as pool:
+        answers = list(pool.map(ask, range(6 * n)))
+    assert all(status == 200 and off < 1e-9 for status, off in answers)
+
+
+def test_info(server):
+    info = requests.get(f"{server}/info").json()
+    assert set(info["actions"]) == {"bridge_orig", "toy"} and len(info["actions"]["toy"]["q01"]) == 7
+    assert info["pictures"]["size"] == 224 and info["dtype"] == "float32" and info["oft"] is None
+    assert requests.get(f"{server}/health").json()["ok"] is True
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG file that says it is side x side, in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def array(a: np.ndarray) -> dict:
+    return json.loads(json_numpy.dumps(a))
+
+
+GOOD = {"image": array(np.zeros((8, 8, 3), np.uint8)), "instruction": "lift it"}
+
+
+@pytest.mark.parametrize(
+    "request_, status, reason",
+    [
+        (dict(data=b"no json"), 400, "not JSON"),
+        (dict(json={"encoded": "{"}), 400, "not JSON"),
+        (dict(json=[1]), 422, "this is list"),
+        (dict(json={}), 422, "image"),
+        (dict(json={**GOOD, "image": [[0]]}), 422, "json-numpy"),
+        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 pictures; this policy looks at 1"),
+        (dict(json={**GOOD, "image": {**GOOD["image"], "shape": [9, 9, 3]}}), 422, "are no uint8 array"),
+        (dict(json={**GOOD, "image": {**GOOD["image"], "dtype": "|O"}}), 422, "array"),
+        (dict(json={**GOOD, "image": array(np.zeros((8, 8, 3)))}), 422, "uint8"),
+        (dict(json={**GOOD, "image": array(np.zeros((0, 8, 3), np.uint8))}), 422, "empty|picture"),
+        (dict(json={**GOOD, "instruction": " "}), 422, "instruction"),
+        (dict(json={**GOOD, "instruction": "word " * 3000}), 422, "context"),
+        (dict(json={**GOOD, "unnorm_key": "nowhere"}), 422, "the checkpoint has: bridge_orig, toy"),
+        (dict(json={**GOOD, "unnorm_key": [1]}), 422, "unnorm_key"),
+        (dict(files={"image": b"GIF89a"}, data={"instruction": "x"}), 422, "picture"),
+        (dict(files={"image": huge_png(40_000)}, data={"instruction": "x"}), 413, "1600000000 pixels"),
+        (dict(files={"other": b"x"}, data={"instruction": "x"}), 422, "no file"),
+        (dict(data=bytes(33_000_000)), 413, "at most 32 MB"),
+        (dict(data=(b"a" for _ in range(3))), 411, "Content-Length"),
+    ],
+)
+def test_wrong_requests(server, request_, status, reason):
+    response = requests.post(f"{server}/act", **request_)
+    assert response.status_code == status and re.search(reason, response.json()["error"]), response.text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+arrays = st.fixed_dictionaries(
+    {"__numpy__": st.sampled_from(["", "AAAA", "AAAAAAAAAAAAAAAA"]) | json_values},
+    optional={
+        "dtype": st.sampled_from(["|u1", "<f4", "|O", "<U3", "|V8", "M8[s]", "i4,i4"]) | json_values,
+        "shape": st.lists(st.integers(-2, 4), max_size=4) | json_values,
+    },
+)
+payloads = st.fixed_dictionaries(
+    {},
+    optional={
+        "image": arrays | st.lists(arrays, max_size=3) | st.just(GOOD["image"]) | json_values,
+        "instruction": st.text(max_size=30) | json_values,
+        "unnorm_key": st.sampled_from(["toy", "bridge_orig", "x"]) | json_values,
+        "state": json_values | arrays,
+        "encoded": st.text(max_size=20) | json_values,
+    },
+)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(payloads | json_values, st.sampled_from(["json", "encoded", "raw", "form"]))
+def test_fuzz(server, payload, how):
+    """A thousand requests of the right shape and none: an answer or a reason, never a 5xx."""
+    session = requests.Session() if not hasattr(test_fuzz, "session") else test_fuzz.session
+    test_fuzz.session = session
+    text = json.dumps(payload)
+    if how == "encoded":
+        text = json.dumps({"encoded": text})
+    if how == "form":
+        fields = {k: json.dumps(v) for k, v in payload.items()} if isinstance(payload, dict) else {"a": text}
+        response = session.post(f"{server}/act", files={"image": text.encode()}, data=fields)
+    else:
+        kind = {"content-type": "application/json" if how != "raw" else "multipart/form-data; boundary=x"}
+        response = session.post(f"{server}/act", data=text.encode("utf-8", "surrogatepass"), headers=kind)
+    assert response.status_code == 200 or 400 <= response.status_code < 500, response.text
+    assert response.status_code == 200 or response.json()["error"]
+
+
+def test_token_overload_and_an_end_under_load(folder):
+    """Wrong token: 401. A full queue: 429. SIGTERM while requests wait: all that were taken are answered."""
+    options = ["--unnorm_key", "toy", "--token", "secret", "--wait_ms", "3000", "--max_batch", "64", "--queue", "6"]
+    process, url = start(folder, *options)
+    headers, payload, answers = {"Authorization": "Bearer secret"}, {"image": picture(0), "instruction": "go"}, []
+    for wrong in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret"}):
+        for path, ask in (("act", requests.post), ("info", requests.get)):
+            assert ask(f"{url}/{path}", headers=wrong).status_code == 401
+
+    def ask():
+        answers.append(post(url, payload, headers=dict(headers)))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    while requests.get(f"{url}/health", headers=headers).json()["waiting"] < 6:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(30)
+    assert [a.status_code for a in answers] == [200] * 6
+    assert len({a.text for a in answers}) == 1
+    assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_full_queue(folder):
+    """One pass at a time, one that may wait: the others are told to come again, and none is lost."""
+    process, url = start(folder, "--unnorm_key", "toy", "--max_batch", "1", "--queue", "1", "--wait_ms", "0")
+    payload = {"image": picture(0), "instruction": "go"}
+    with ThreadPoolExecutor(24) as pool:
+        codes = list(pool.map(lambda _: post(url, payload).status_code, range(96)))
+    process.terminate()
+    process.wait(20)
+    assert set(codes) <= {200, 429} and codes.count(200) > 0 and codes.count(429) > 0
+
+
+def test_command_line(folder):
+    for argv, reason in (
+        (["--checkpoint", "nowhere"], "no such checkpoint"),
+        (["--checkpoint", str(folder), "--unnorm_key", "x"], "the checkpoint has: bridge_orig, toy"),
+        ([], "--checkpoint"),
+    ):
+        run = subprocess.run([sys.executable, "serve.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 2 and reason in run.stderr and "Traceback" not in run.stderr
