@@ -20,13 +20,15 @@ from image import decode, to_rgb
 from tokenizer import action_mask
 
 
-def look(dataset, weight: float, out: str | Path):
+def look(dataset, weight: float, out: str | Path) -> list[str]:
     """
-    Print the table and write the two pictures into the folder `out`, for any dataset as data.py describes them.
+    Print the table and write the two pictures into the folder `out`, for any dataset as data.py describes them; returns
+    the warnings.
     Numbers of actions are those of dataset.statistics, which training uses; everything else is of this split.
     """
     if not len(dataset):
-        return print(f"{dataset.name}: no frames in this split\n")
+        print(f"{dataset.name}: no frames in this split\n")
+        return ["no frames in this split"]
     if hasattr(dataset, "open"):  # rlds.py, lerobot.py: all numbers at once
         tables = dataset.open()
         actions, episodes = tables["action"][tables["usable"]], tables["frames"][tables["usable"], 0]  # (N, A), (N,)
@@ -64,6 +66,7 @@ def look(dataset, weight: float, out: str | Path):
     lines = warnings(dataset, idle, lengths, silent) + broken
     print("\n".join(f"  warning       {line}" for line in lines) or "  no warning")
     print(f"  pictures      {path}-frames.png, {path}-actions.png\n")
+    return lines
 
 
 def spread(n: int, most: int) -> list[int]:

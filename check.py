@@ -1,0 +1,355 @@
+"""
+Why does a policy with 95 % accuracy never succeed? The usual reasons, looked for one after the other.
+
+    python check.py policy --checkpoint C --data_root_dir DIR --data_mix M      # statistics, prompt, pictures, gripper
+    python check.py language --checkpoint C --data_root_dir DIR --data_mix M    # does it listen?
+    python check.py attention --checkpoint C --data_root_dir DIR --data_mix M   # where does it look?
+    python check.py data --data_root_dir DIR --data_mix M                       # what data.py's look says, as verdicts
+
+Frames of the dataset go through sample.py's path, as a robot's pictures would. Each verdict says what was found, and a
+FAIL why it matters and what to do; the exit code is 1 if anything fails. Pictures go to --out.
+
+Axes: N frames, A action dimensions, n = A tokens, S sequence, H heads.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import sample
+from configurator import configure, fail, read_config_file
+from data import open_mixture, scheme_of, to_picture
+from image import center_crop, decode, to_rgb
+from look import look, spread
+from tokenizer import BLANK, action_mask, decode_action, encode_action, normalize, pad_sequences, unnormalize
+
+CLOSE = 0.02  # of a dimension's range: statistics that differ by less are the same
+
+
+@dataclass
+class Config:
+    checkpoint: str = ""  # folder in Hugging Face layout, or a LoRA run
+    data_root_dir: str = ""
+    data_mix: str = ""  # a dataset of oxe.py (of a mixture, the first one)
+    training_config: str = ""  # config file of the training run, if it is what adds the dataset to oxe.py
+    split: str = "train"  # or val
+    unnorm_key: str = ""  # "": the dataset's name, or the checkpoint's only one
+    episodes: int = 16  # to look at, from all over the dataset
+    frames: int = 400  # of them together, at most
+    what_if: int = 64  # frames that are looked at in other ways, too
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"  # bfloat16, float32, float16
+    out: str = "check"  # folder for the pictures
+
+
+class Verdicts:
+    """Printed as they come; `failed` counts."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def __call__(self, fine: bool, what: str, found: str, why: str = "", remedy: str = ""):
+        print(f"{'ok  ' if fine else 'FAIL'} {what}: {found}")
+        if not fine:
+            self.failed += 1
+            print(f"     why it matters: {why}\n     what to do: {remedy}")
+
+
+# -----------------------------------------------------------------------------
+# Frames
+
+
+def pick_frames(dataset, episodes: int, most: int) -> list[list[int]]:
+    """Numbers of the frames of whole episodes, spread over the dataset; of unknown episodes, single frames."""
+    if not hasattr(dataset, "open"):
+        return [[i] for i in spread(len(dataset), most)]
+    tables = dataset.open()
+    which = np.asarray(tables["frames"][tables["usable"], 0])
+    first = np.flatnonzero(np.diff(which, prepend=which[0] - 1))
+    ends, out = np.append(first[1:], len(which)), []
+    for e in spread(len(first), episodes):
+        if sum(map(len, out)) + ends[e] - first[e] <= most or not out:
+            out.append(list(range(first[e], min(ends[e], first[e] + most))))
+    return out
+
+
+def read(dataset, numbers: list[int]) -> dict:
+    """Pictures (H, W, 3), instructions and true actions (N, A), in the dataset's units."""
+    frames = [dataset[i] for i in numbers]
+    raw = [f["pictures"][0] for f in frames]
+    images = [decode(p) if isinstance(p, bytes) else to_rgb(p) for p in raw]
+    actions = np.stack([f["actions"][0] for f in frames])
+    return dict(raw=raw, images=images, texts=[f["instruction"] for f in frames], actions=actions)
+
+
+def say(policy, images, texts, A: int, cfg: Config, crop=None, title="") -> np.ndarray:
+    """Tokens (N, A) that the policy writes, by sample.py's path."""
+    out, size = [], cfg.batch_size
+    for i in tqdm(range(0, len(images), size), title, unit="batch", leave=False, disable=not title):
+        out.append(sample.predict_tokens(policy, images[i : i + size], texts[i : i + size], A, crop))
+    return torch.cat(out).numpy()
+
+
+def say_in_training(policy, frames: dict, A: int, cfg: Config) -> np.ndarray:
+    """The same by data.py's path: its picture, its prompt."""
+    model, out = policy.model, []
+    weight = model.language_model.model.norm.weight
+    for i in range(0, len(frames["raw"]), cfg.batch_size):
+        pictures = [to_picture(p, policy.processor.size) for p in frames["raw"][i : i + cfg.batch_size]]
+        if "center_crop" in (policy.processor.trained_on or ()):  # the middle of what random crops show
+            pictures = [center_crop(p) for p in pictures]
+        ids = [
+            policy.tokenizer.encode_example(t, np.zeros(A))[0][: -A - 1]
+            for t in frames["texts"][i : i + cfg.batch_size]
+        ]
+        ids, lengths = pad_sequences([torch.from_numpy(x) for x in ids], 0)
+        pixels = policy.processor.normalize(torch.from_numpy(np.stack(pictures)).to(weight.device)).to(weight.dtype)
+        out.append(model.generate(ids.to(weight.device), pixels, A, lengths.to(weight.device))[0].cpu())
+    return torch.cat(out).numpy()
+
+
+def prompt_in_training(policy, text: str, A: int) -> list[int]:
+    """What stands before the action in a training sample."""
+    return policy.tokenizer.encode_example(text, np.zeros(A))[0][: -A - 1].tolist()
+
+
+# -----------------------------------------------------------------------------
+# The checks
+
+
+def check_policy(policy, dataset, cfg: Config) -> int:
+    """All that can be told from frames; returns how many checks failed."""
+    verdict, scheme, data = Verdicts(), scheme_of(dataset), dataset.statistics["action"]
+    key = cfg.unnorm_key or (dataset.name if dataset.name in policy.norm_stats else "")
+    stats = sample.action_stats(policy.norm_stats, key, policy.checkpoint)
+    low, high = (np.array(data[k]) for k in ("q01", "q99"))
+    span = np.where(action_mask(data), np.maximum(high - low, 1e-6), np.inf)
+    off = max(float((np.abs(np.array(stats[k]) - np.array(data[k])) / span).max()) for k in ("q01", "q99"))
+    verdict(
+        off < CLOSE, "statistics", f"q01 and q99 of {key or 'the only key'!r} are {off:.1%} of the range off",
+        "the same tokens become other movements: too large, too small or into another direction",
+        "choose the --unnorm_key of the data it was trained on, or put that run's dataset_statistics.json beside it",
+    )  # fmt: skip
+    episodes = pick_frames(dataset, cfg.episodes, cfg.frames)
+    frames = read(dataset, [i for e in episodes for i in e])
+    A, true = len(low), frames["actions"]
+    y = normalize(true, data, scheme)
+
+    ids = policy.tokenizer.encode_prompt(frames["texts"][0])
+    verdict(
+        ids[-1] == BLANK and ids == prompt_in_training(policy, frames["texts"][0], A),
+        "prompt", f"{len(ids)} ids, the last one {ids[-1]}",
+        f"training puts {BLANK}, a lone blank, between the prompt and the action; without it every token is another",
+        "use Tokenizer.encode_prompt as it is",
+    )  # fmt: skip
+
+    tokens = say(policy, frames["images"], frames["texts"], A, cfg, title="inference")
+    said, twin = decode_action(tokens), say_in_training(policy, frames, A, cfg)
+    same = float((tokens == twin).mean())
+    verdict(
+        same > 0.95, "paths", f"{same:.1%} of the tokens are those of the training path on the same frames",
+        "the robot's pictures or words go through other steps than the ones it was trained with",
+        "compare preprocessor_config.json (size, trained_on) with the training run's",
+    )  # fmt: skip
+
+    if not action_mask(data)[-1] and len(set(true[:, -1] > 0.5)) == 2:
+        agree = float(((said[:, -1] > 0.5) == (true[:, -1] > 0.5)).mean())
+        verdict(
+            agree > 0.35, "gripper", f"open or closed as in the data in {agree:.1%} of the frames",
+            "it opens where it should close",
+            "1 is open, 0 is closed: turn the gripper in the dataset's standardise function, or on the robot",
+        )  # fmt: skip
+
+    few = spread(len(true), cfg.what_if)
+    base = float(np.abs(said[few] - y[few]).mean())
+    images, texts = [frames["images"][i] for i in few], [frames["texts"][i] for i in few]
+    crops = "center_crop" in (policy.processor.trained_on or ())
+    ways = {  # what it would be, the pictures, the crop
+        "upside down": ([i[::-1] for i in images], None),
+        "turned by 180 degrees": ([i[::-1, ::-1] for i in images], None),
+        "mirrored": ([i[:, ::-1] for i in images], None),
+        "with red and blue exchanged (BGR)": ([i[..., ::-1] for i in images], None),
+        f"{'without' if crops else 'with'} the centre crop": (images, not crops),
+    }
+    errors = {}
+    for name, (pictures, crop) in tqdm(ways.items(), "what if", leave=False):
+        pictures = [np.ascontiguousarray(p) for p in pictures]
+        errors[name] = float(np.abs(decode_action(say(policy, pictures, texts, A, cfg, crop)) - y[few]).mean())
+    best = min(errors, key=errors.get)
+    better = errors[best] < 0.8 * base
+    verdict(
+        not better, "pictures",
+        f"L1 {base:.3f} as they are, {errors[best]:.3f} {best}" + ("" if better else ", the best of five other ways"),
+        f"the policy was trained on pictures that look as these do {best}",
+        "prepare the pictures for the robot as they were for training; data.py's look shows the training pictures",
+    )  # fmt: skip
+
+    l1 = np.abs(said - y)  # (N, A)
+    mean = np.abs(normalize(np.array(data["mean"])[None], data, scheme) - y).mean()
+    first = np.array([i for e in episodes for i in [True] + [False] * (len(e) - 1)])
+    before = np.where(first[:, None], y, np.roll(y, 1, axis=0))
+    repeat = float(np.abs(before - y)[~first].mean()) if (~first).any() else np.inf
+    verdict(
+        l1.mean() < 0.9 * mean, "better than the mean", f"L1 {l1.mean():.3f}; always the mean action: {mean:.3f}",
+        "it has learned nothing from the pictures", "train longer, or find which of the above is wrong",
+    )  # fmt: skip
+    right = (tokens == encode_action(y)).mean()
+    print(f"     token accuracy {right:.1%}, L1 {l1.mean():.4f}; of repeating the last action {repeat:.4f}")
+    acted = unnormalize(said, stats, scheme)
+    for what, error in (("normalised", l1), ("in units", np.abs(acted - true))):
+        print(f"     L1 per dimension, {what + ':':12s}" + " ".join(f"{v:.4f}" for v in error.mean(axis=0)))
+    ends = np.cumsum([len(e) for e in episodes])
+    parts = [(e, slice(end - len(e), end)) for e, end in zip(episodes, ends, strict=True)]
+    parts.sort(key=lambda part: -l1[part[1]].mean())
+    for e, rows in parts[:3]:
+        print(f"     frames {e[0]} to {e[-1]}: L1 {l1[rows].mean():.4f}, {frames['texts'][rows.start]!r}")
+    plot_actions(path := Path(cfg.out) / "policy.png", [(true[rows], acted[rows]) for _, rows in parts[:6]])
+    print(f"     {path}: what the data does and what the policy says, worst episodes first")
+    return verdict.failed
+
+
+def check_language(policy, dataset, cfg: Config) -> int:
+    """What becomes of the actions when the instruction is another one of the dataset's, or none."""
+    verdict = Verdicts()
+    frames = read(dataset, [i for e in pick_frames(dataset, cfg.episodes, cfg.frames) for i in e])
+    A, data = frames["actions"].shape[1], dataset.statistics["action"]
+    y, texts = normalize(frames["actions"], data, scheme_of(dataset)), frames["texts"]
+    known = sorted(set(texts))
+    if len(known) < 2:
+        print(f"ok   language: these frames have one instruction only, {known[0]!r}: nothing to tell apart")
+        return 0
+    rng = np.random.default_rng(0)
+    swapped = [rng.choice([k for k in known if k != t]) for t in texts]
+    said = {
+        name: say(policy, frames["images"], words, A, cfg, title=name)
+        for name, words in dict(right=texts, swapped=swapped, blank=[" "] * len(texts)).items()
+    }
+    l1 = {name: float(np.abs(decode_action(tokens) - y).mean()) for name, tokens in said.items()}
+    changed = {name: float((said[name] != said["right"]).any(axis=1).mean()) for name in ("swapped", "blank")}
+    print("     L1 " + ", ".join(f"{v:.3f} {k}" for k, v in l1.items()))
+    verdict(
+        changed["swapped"] > 0.1 and l1["swapped"] > 1.02 * l1["right"], "language",
+        f"another instruction changes {changed['swapped']:.0%} of the actions, none at all {changed['blank']:.0%}",
+        "it goes by the picture alone and will do what it did most often in this scene",
+        "train on scenes in which several instructions are possible; freeze less; look at how varied the words are",
+    )  # fmt: skip
+    return verdict.failed
+
+
+@torch.inference_mode()
+def check_attention(policy, dataset, cfg: Config) -> int:
+    """attention.png: for some frames, how much each action token looks at each patch (mean of layers and heads)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    picked = [e[len(e) // 2] for e in pick_frames(dataset, 4, cfg.frames)]
+    frames, llama = read(dataset, picked), policy.model.language_model
+    A, weight = frames["actions"].shape[1], llama.model.norm.weight
+    figure, axes = plt.subplots(len(picked), A + 1, figsize=(1.7 * (A + 1), 2.0 * len(picked)), squeeze=False)
+    for row, image, text in zip(axes, frames["images"], frames["texts"], strict=True):
+        shown = sample.prepare(policy, image)
+        pixels = policy.processor.normalize(torch.from_numpy(shown)[None].to(weight.device)).to(weight.dtype)
+        tokens = sample.predict_tokens(policy, [image], [text], A).to(weight.device)
+        ids = torch.tensor([policy.tokenizer.encode_prompt(text)], device=weight.device)
+        x = policy.model.embed(torch.cat([ids, tokens[:, :-1]], dim=1), pixels)  # (1, S, D)
+        maps, attend = [], F.scaled_dot_product_attention
+
+        def watch(q, k, v, **options):
+            score = (q[:, :, -A:] @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (1, H, A, S); n last queries
+            later = torch.ones(A, k.shape[2], dtype=torch.bool, device=q.device).triu(k.shape[2] - A + 1)
+            maps.append(score.masked_fill(later, -torch.inf).softmax(-1).mean(1)[0])  # noqa: B023
+            return attend(q, k, v, **options)  # noqa: B023
+
+        with patch.object(F, "scaled_dot_product_attention", watch):
+            llama(x)
+        side = policy.model.cfg.vision[0].img_size // policy.model.cfg.vision[0].patch_size
+        heat = torch.stack(maps).mean(0)[:, 1 : 1 + side**2].view(A, side, side).cpu()
+        row[0].imshow(shown)
+        row[0].set_title(text[:24], fontsize=6)
+        for i, axis in enumerate(row[1:]):
+            axis.imshow(shown)
+            large = F.interpolate(heat[None, i : i + 1], shown.shape[:2], mode="bilinear")[0, 0]
+            axis.imshow(large, cmap="inferno", alpha=0.55)
+            axis.set_title(f"{i}: {heat[i].sum():.0%} on the picture", fontsize=6)
+        for axis in row:
+            axis.axis("off")
+    figure.tight_layout()
+    path = Path(cfg.out) / "attention.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"ok   attention: {path}, one column for each action dimension")
+    return 0
+
+
+def check_data(cfg: Config) -> int:
+    """data.py's table and pictures; each of its warnings is a FAIL."""
+    failed = 0
+    for dataset, weight in open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split):
+        lines = look(dataset, weight, cfg.out)
+        failed += len(lines)
+        print("\n".join(f"FAIL data: {dataset.name}: {line}" for line in lines) or f"ok   data: {dataset.name}")
+    return failed
+
+
+def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]]):
+    """True (black) and said (red) actions (T, A) of some episodes, side by side, a row for each dimension."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    A = episodes[0][0].shape[1]
+    names = [f"{n} ({u})" if u else n for n, u in sample.UNITS]
+    names = names if A == len(names) else [f"a{i}" for i in range(A)]
+    true, said = (np.concatenate(x) for x in zip(*episodes, strict=True))
+    figure, axes = plt.subplots(A, 1, figsize=(11, 1.3 * A), sharex=True, squeeze=False)
+    for i, axis in enumerate(axes[:, 0]):
+        axis.step(range(len(true)), true[:, i], where="mid", color="black", label="data")
+        axis.step(range(len(said)), said[:, i], where="mid", color="tab:red", linestyle="--", label="policy")
+        for end in np.cumsum([len(t) for t, _ in episodes])[:-1]:
+            axis.axvline(end - 0.5, color="lightgrey")
+        axis.set_ylabel(names[i], fontsize=8)
+    axes[0, 0].legend(ncols=2, fontsize=7, loc="upper right")
+    axes[-1, 0].set_xlabel(f"frames of {len(episodes)} episodes")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(command: str, cfg: Config) -> int:
+    if not cfg.data_root_dir or not cfg.data_mix:
+        fail("give --data_root_dir DIR and --data_mix NAME")
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        if cfg.training_config:
+            read_config_file(cfg.training_config)
+        if command == "data":
+            return check_data(cfg)
+        if not cfg.checkpoint:
+            fail("give --checkpoint FOLDER")
+        dataset = open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split)[0][0]
+        device, dtype = sample.pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+        policy = sample.load(cfg.checkpoint, dtype, device)
+        if not hasattr(policy.model, "generate"):
+            fail(f"{cfg.checkpoint} is an OFT policy; check.py looks at token models")
+        return COMMANDS[command](policy, dataset, cfg)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+COMMANDS = dict(policy=check_policy, language=check_language, attention=check_attention, data=check_data)
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in (*COMMANDS, "--help", "-h"):
+        fail(f"usage: python check.py {{{'|'.join(COMMANDS)}}} [--option value ...]; --help lists the options")
+    argv = sys.argv[1:] if sys.argv[1].startswith("-") else sys.argv[2:]
+    sys.exit(1 if main(sys.argv[1], configure(Config, argv)) else 0)
