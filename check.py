@@ -42,6 +42,7 @@ class Config:
     unnorm_key: str = ""  # "": the dataset's name, or the checkpoint's only one
     episodes: int = 16  # to look at, from all over the dataset
     frames: int = 400  # of them together, at most
+    center_crop: bool | None = None  # as the robot's side has it; None: as the checkpoint was trained
     what_if: int = 64  # frames that are looked at in other ways, too
     batch_size: int = 16
     device: str = "auto"
@@ -150,7 +151,7 @@ def check_policy(policy, dataset, cfg: Config) -> int:
         "use Tokenizer.encode_prompt as it is",
     )  # fmt: skip
 
-    tokens = say(policy, frames["images"], frames["texts"], A, cfg, title="inference")
+    tokens = say(policy, frames["images"], frames["texts"], A, cfg, cfg.center_crop, "inference")
     said, twin = decode_action(tokens), say_in_training(policy, frames, A, cfg)
     same = float((tokens == twin).mean())
     verdict(
@@ -170,12 +171,12 @@ def check_policy(policy, dataset, cfg: Config) -> int:
     few = spread(len(true), cfg.what_if)
     base = float(np.abs(said[few] - y[few]).mean())
     images, texts = [frames["images"][i] for i in few], [frames["texts"][i] for i in few]
-    crops = "center_crop" in (policy.processor.trained_on or ())
+    crops = "center_crop" in (policy.processor.trained_on or ()) if cfg.center_crop is None else cfg.center_crop
     ways = {  # what it would be, the pictures, the crop
-        "upside down": ([i[::-1] for i in images], None),
-        "turned by 180 degrees": ([i[::-1, ::-1] for i in images], None),
-        "mirrored": ([i[:, ::-1] for i in images], None),
-        "with red and blue exchanged (BGR)": ([i[..., ::-1] for i in images], None),
+        "upside down": ([i[::-1] for i in images], crops),
+        "turned by 180 degrees": ([i[::-1, ::-1] for i in images], crops),
+        "mirrored": ([i[:, ::-1] for i in images], crops),
+        "with red and blue exchanged (BGR)": ([i[..., ::-1] for i in images], crops),
         f"{'without' if crops else 'with'} the centre crop": (images, not crops),
     }
     errors = {}

@@ -5,7 +5,7 @@ Train an OpenVLA: one process on one device, or many under torchrun. The whole l
     python train.py --config bridge.py --data_root_dir DIR --base_checkpoint openvla-7b
     torchrun --nproc-per-node 8 train.py --config bridge.py --data_root_dir DIR --base_checkpoint openvla-7b
 
-A run folder holds metrics.jsonl, config.json, checkpoints/step-NNNNNN (to resume: weights, optimizer, step, RNG) and
+A run folder holds metrics.jsonl, checkpoints/step-NNNNNN (to resume: weights, optimizer, step, configuration) and
 checkpoint/ (Hugging Face layout, for sample.py and the official code). The same command again resumes the run.
 
 OpenVLA section 3.4, https://arxiv.org/abs/2406.09246; vla-scripts/train.py of github.com/openvla/openvla.

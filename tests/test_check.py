@@ -133,6 +133,18 @@ def test_pictures(policy, capsys, tmp_path, change, verdict):
     assert failed and re.search(f"FAIL {verdict}", text), text
 
 
+def test_crop_forgotten(policy, capsys, tmp_path):
+    """Trained on crops, as its record says, and shown whole pictures."""
+    policy.processor = copy.copy(policy.processor)
+    policy.processor.trained_on = ("center_crop",)
+    dataset = dataset_of([{**s, "image": enlarge(s["image"])} for s in samples()], policy)
+    assert check.check_policy(policy, dataset, check.Config(out=str(tmp_path))) == 0
+    capsys.readouterr()
+    assert check.check_policy(policy, dataset, check.Config(out=str(tmp_path), center_crop=False)) > 0
+    text = capsys.readouterr().out
+    assert "FAIL paths" in text and re.search("FAIL pictures: .* with the centre crop", text), text
+
+
 def test_statistics(policy, capsys, tmp_path):
     dataset = dataset_of(samples(), policy)
     policy.norm_stats["mine"]["action"]["q99"] = [0.08] * 6 + [1.0]
