@@ -6,6 +6,7 @@ How fast and how large: each command prints a table and then one JSON line. BENC
     python bench.py infer --checkpoint runs/toy/checkpoint --trajectories toy --dtype float32 --plot speed.png
     python bench.py drafts --checkpoint runs/toy/checkpoint --trajectories toy --dtype float32
     python bench.py agree --checkpoint runs/toy-int4 --against runs/toy/checkpoint --trajectories toy --dtype bfloat16
+    python bench.py serve --checkpoint runs/toy/checkpoint --dtype float32 --seconds 60
     python bench.py load                          # random weights of the 7B shape in a temporary folder: load, act once
     python bench.py train --shape 100m --dtype float32                       # one training step
     python bench.py enlarge --data_root_dir DIR --out BIG        # the Bridge sample with 256 x 256 pictures
@@ -46,6 +47,7 @@ class Config:
     log: str = ""  # append the JSON line to this file, with a `label`
     label: str = ""
     plot: str = ""  # picture of this run or, with --log, of all runs in the log
+    clients: int = 64  # serve: at once
     # data, enlarge, train
     data_root_dir: str = ""  # folder with the datasets
     out: str = "bench"  # enlarge: where the enlarged dataset goes
@@ -53,7 +55,7 @@ class Config:
     image_aug: bool = True  # data: random crops and colours
     batch_size: int = 16
     num_workers: int = 2
-    seconds: float = 20.0  # data, train: how long to measure
+    seconds: float = 20.0  # data, train, serve: how long to measure
 
 
 SHAPES = {  # towers as (width, depth, heads), Llama as (width, inner width, depth, heads)
@@ -194,6 +196,12 @@ def bench_agree(cfg: Config):
     agree(cfg)
 
 
+def bench_serve(cfg: Config):
+    from bench_serve import serve
+
+    serve(cfg)
+
+
 def bench_train(cfg: Config):
     """One step of training on random pictures: forward, backward, AdamW; no data is read."""
     from metrics import flops_per_sample, peak_memory_gb
@@ -239,7 +247,7 @@ def bench_enlarge(cfg: Config):
 
 if __name__ == "__main__":
     commands = dict(infer=bench_infer, drafts=bench_drafts, agree=bench_agree, load=bench_load, train=bench_train)
-    commands |= dict(data=bench_data, enlarge=bench_enlarge)
+    commands |= dict(serve=bench_serve, data=bench_data, enlarge=bench_enlarge)
     if len(sys.argv) < 2 or sys.argv[1] not in (*commands, "--help", "-h"):
         fail(f"usage: python bench.py {{{'|'.join(commands)}}} [--option value ...]; --help lists the options")
     argv = sys.argv[1:] if sys.argv[1].startswith("-") else sys.argv[2:]
