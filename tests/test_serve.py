@@ -104,6 +104,16 @@ def test_official_client(server, folder):
 
 
 @pytest.mark.filterwarnings("ignore:not an action")
+def test_client_of_the_readme(server, folder):
+    code = re.search(r"```python\n(# client\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    exec(code, client := {})
+    (want,) = wanted(folder, [picture(0)], WORDS[:1])
+    np.testing.assert_allclose(client["act"](server, picture(0), WORDS[0]), want, atol=1e-12)
+    with pytest.raises(RuntimeError, match="422: .*instruction"):
+        client["act"](server, picture(0), "")
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
 def test_form(server, folder):
     (want,) = wanted(folder, [picture(1)], WORDS[:1])
     data = io.BytesIO()
