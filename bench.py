@@ -123,6 +123,7 @@ def write_random_checkpoint(folder: Path, shape: str):
     with torch.device("meta"):
         names = OpenVLA(config).state_dict()
     stats = dict.fromkeys(("q01", "min"), [-1.0] * 7) | dict.fromkeys(("q99", "max"), [1.0] * 7)
+    stats["mean"] = [0.0] * 7
     config.extra = {"norm_stats": {"random": {"action": stats}}}
     folder.mkdir(parents=True, exist_ok=True)
     where, shards, size = {}, [{}], 0
@@ -252,6 +253,12 @@ if __name__ == "__main__":
         fail(f"usage: python bench.py {{{'|'.join(commands)}}} [--option value ...]; --help lists the options")
     argv = sys.argv[1:] if sys.argv[1].startswith("-") else sys.argv[2:]
     cfg = configure(Config, argv)
+    known = dict(dtype=("bfloat16", "float32", "float16"), vs=("", "official"), trajectories=("", "toy", "data"))
+    for key, values in known.items():
+        if getattr(cfg, key) not in values:
+            fail(f"--{key} {getattr(cfg, key)}: must be one of {', '.join(filter(None, values))}")
+    if min(cfg.actions, cfg.inputs, cfg.batch_size, cfg.clients) < 1:
+        fail("--actions, --inputs, --batch_size and --clients must be 1 or more")
     try:
         commands[sys.argv[1]](cfg)
     except (ValueError, OSError) as error:

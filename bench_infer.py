@@ -61,6 +61,11 @@ def make_inputs(cfg: Config, policy: sample.Policy) -> list[dict]:
     return inputs[: cfg.inputs]
 
 
+def still_tokens(stats: dict) -> torch.Tensor:
+    """No motion, the draft of an episode's first picture (1, N), as in `sample.predict_action`."""
+    return torch.from_numpy(encode_action(normalize(np.zeros((1, N)), stats)))
+
+
 class Official:
     """bench_official.py, in the virtual environment that --official_python belongs to."""
 
@@ -102,7 +107,6 @@ def timed(fn, *args):
 
 def infer(cfg: Config, folder: Path, tmp: Path):
     """Time all ways to decode, print the table, append the JSON line to --log and draw --plot."""
-    start = time.perf_counter()
     device = sample.pick_device(cfg.device)
     policy = sample.load(folder, getattr(torch, cfg.dtype), device)
     cfg.unnorm_key = cfg.unnorm_key or next(iter(policy.norm_stats))
@@ -112,7 +116,7 @@ def infer(cfg: Config, folder: Path, tmp: Path):
 
     for x in inputs:
         x["tokens"] = model.generate(x["ids"], x["pixels"], N)[0]  # (1, N)
-        last = encode_action(torch.zeros(1, N)) if x["before"] is None else inputs[x["before"]]["tokens"]
+        last = still_tokens(stats) if x["before"] is None else inputs[x["before"]]["tokens"]
         x["drafts"] = {"drafted": last, "drafted, all right": x["tokens"]}
         x["drafts"]["drafted, all wrong"] = (x["tokens"] + VOCAB_SIZE // 2) % VOCAB_SIZE
     names = ["model.generate", "one by one"]
@@ -128,7 +132,6 @@ def infer(cfg: Config, folder: Path, tmp: Path):
 
     for name in names * 2:  # warm-up
         act(name, inputs[0])
-    first_action = time.perf_counter() - start
     seconds, passes, same = {name: [] for name in names}, Counter(), Counter()
     if official:
         official(0)
@@ -160,8 +163,8 @@ def infer(cfg: Config, folder: Path, tmp: Path):
         print(f"{name:20s}" + "".join(f"{value:19.3f}" for value in row.values()))
     rows = dict(checkpoint=cfg.checkpoint or cfg.shape, dtype=cfg.dtype, device=device, actions=cfg.actions)
     rows["parameters_m"] = sum(p.numel() for p in model.parameters()) / 1e6
-    rows |= stages(policy, inputs, stats) | dict(start_to_first_action_s=first_action)
-    rows |= dict(memory_growth_mb=growth, peak_mb=peak_mb(), ways=ways)
+    rows |= stages(policy, inputs, stats)
+    rows |= dict(memory_growth_mb=growth, peak_mb=peak_mb(device), ways=ways)
     report(rows)
     if cfg.log:
         with open(cfg.log, "a") as f:
@@ -217,8 +220,7 @@ def drafts(cfg: Config):
     for x in inputs:
         x["tokens"] = policy.model.generate(x["ids"], x["pixels"], N)[0]
     usual = torch.cat([x["tokens"] for x in inputs]).mode(dim=0).values[None]
-    still = torch.from_numpy(encode_action(normalize(np.zeros((1, N)), stats)))
-    mean = torch.from_numpy(encode_action(normalize(np.array([stats["mean"]]), stats)))
+    still, mean = still_tokens(stats), torch.from_numpy(encode_action(normalize(np.array([stats["mean"]]), stats)))
     for x in inputs:
         last = still if x["before"] is None else inputs[x["before"]]["tokens"]
         before = None if x["before"] is None else inputs[x["before"]]["before"]
@@ -249,8 +251,8 @@ def agree(cfg: Config):
     report(rows | dict(l1_normalised=float(np.abs(y[0] - y[1]).mean()), l1_units=[round(u, 6) for u in units.tolist()]))
 
 
-def peak_mb() -> float:
-    if torch.cuda.is_available():
+def peak_mb(device: str) -> float:
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
 

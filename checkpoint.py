@@ -52,6 +52,7 @@ def check_folder(folder: str | Path) -> OpenVLAConfig:
             raise FileNotFoundError(f"{folder / ADAPTER_WEIGHTS}: missing beside {ADAPTER_CONFIG}")
         read_header(folder / ADAPTER_WEIGHTS)
         config, stats = check_folder(base), folder / "dataset_statistics.json"
+        refuse_quantized(config, base)
         config.extra["norm_stats"] |= json.loads(stats.read_text("utf-8")) if stats.is_file() else {}
         return config
     if not (folder / "config.json").is_file():
@@ -82,6 +83,12 @@ def check_folder(folder: str | Path) -> OpenVLAConfig:
             f"{folder}: {len(expected)} tensors are in no weight file, the first is {next(iter(expected))}"
         )
     return config
+
+
+def refuse_quantized(config: OpenVLAConfig, folder: str | Path):
+    """Raise for what needs the weights themselves: training, merging, adapters, OFT."""
+    if config.extra.get("quantization"):
+        raise ValueError(f"{folder} is quantized, for inference only; take the checkpoint that it was made from")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from checkpoint import check_folder, read_header, refuse_pointer, weight_files
+from checkpoint import check_folder, read_header, refuse_pointer, refuse_quantized, weight_files
 from configurator import fail
 from image import ImageProcessor
 from lora import merge as merge_lora
@@ -288,6 +288,7 @@ def prismatic_to_hf(run, out, tokenizer="", config="", vision=(), dtype="bfloat1
 
 def hf_to_prismatic(folder, out):
     cfg, files, out = check_folder(folder), weight_files(Path(folder)), Path(out)
+    refuse_quantized(cfg, folder)
     tensors, stats, ids = open_safetensors(files), cfg.extra["norm_stats"], {cfg.extra.get(key) for key in IDS}
     bases = [b for b, v in BASE_VLMS.items() if ("dino" in b) == (len(cfg.vision) == 2) and ids <= {None, *v}]
     if not bases:

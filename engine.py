@@ -19,7 +19,6 @@ Axes: B batch, T text tokens, S = patches + T, n tokens of an action, w tokens o
 
 import copy
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -36,13 +35,18 @@ LARGE = 2**17  # weights of a layer from which on oneDNN is the faster one
 class Engine:
     """
     Decodes as `OpenVLA.generate` does, over the same weights; the model itself stays as it is. On CUDA each kind of
-    pass is recorded when its shape first comes, so call `generate` once with a robot's instruction before it moves; and
-    the blocks are compiled if triton is installed (compile: None). actions_only: choose among the 256 action ids alone.
-    Off by default, as it changes the answer of a model that would write another id: the best action id is written then,
-    and the warning of `sample.predict_action` never comes.
+    pass is recorded when its shape comes for the first time, which takes seconds, and kept with its cache: call
+    `generate` once with a robot's instruction, and a draft if it will have drafts, before it moves. compile: have
+    torch.compile fuse what lies between the products. actions_only: choose among the 256 action ids alone. Off by
+    default, as it changes the answer of a model that would write another id: the best action id is written then, and
+    the warning of `sample.predict_action` never comes. Raises ValueError for a model with adapters, or an OFT.
     """
 
-    def __init__(self, model: OpenVLA, actions_only: bool = False, compile: bool | None = None):
+    def __init__(self, model: OpenVLA, actions_only: bool = False, compile: bool = False):
+        if not isinstance(model, OpenVLA):
+            raise ValueError(f"{type(model).__name__} is no token model; an OFT policy answers in one pass as it is")
+        if any(hasattr(module, "lora_A") for module in model.modules()):
+            raise ValueError("the model has adapters; merge them first: finetune_lora.py --merge RUN --out FOLDER")
         weights = (*model.parameters(), *model.buffers(), *model.unused.values())
         self.model = copy.deepcopy(model, {id(w): w for w in weights})  # modules of its own, the same weights
         self.actions_only, head = actions_only, model.language_model.lm_head.weight
@@ -51,7 +55,7 @@ class Engine:
             for layer in self.model.modules():
                 if isinstance(layer, nn.Linear) and layer.weight.numel() >= LARGE:
                     layer.forward = partial(multiply, layer)
-        if compile or (compile is None and self.records and find_spec("triton")):
+        if compile:
             towers = (self.model.vision_backbone.featurizer, self.model.vision_backbone.fused_featurizer)
             blocks = [block for vit in filter(None, towers) for block in vit.blocks]
             for block in [*blocks, *self.model.language_model.model.layers]:
@@ -68,12 +72,12 @@ class Engine:
         B, n_patches = len(input_ids), (tower.img_size // tower.patch_size) ** 2
         if draft is not None and draft.shape != (B, n):
             raise ValueError(f"the draft is {tuple(draft.shape)}, wanted {(B, n)}: an action's tokens for each row")
+        if (total := n_patches + input_ids.shape[1]) + n > limit:
+            raise ValueError(f"prompt too long: {total} tokens with the image and {n} new, of {limit} at most")
         if self.records:
             lengths = input_ids.new_full((B,), input_ids.shape[1]) if lengths is None else lengths
             input_ids = F.pad(input_ids, (0, -input_ids.shape[1] % BUCKET), value=PAD)
         S = n_patches + input_ids.shape[1]
-        if S + n > limit:
-            raise ValueError(f"prompt too long: {S} tokens with the image and {n} new, of {limit} at most")
         ends = None if lengths is None else n_patches + lengths
         cache = self.caches.get((B, S, n)) or self.model.language_model.new_cache(B, S + n)
         if self.records:
@@ -81,8 +85,10 @@ class Engine:
         if draft is None:
             return self.run(("greedy", B, S, n), partial(self.greedy, cache, S, n), input_ids, pixel_values, ends), n
         draft = draft.to(input_ids.device).clamp(0, self.model.cfg.text.vocab_size - 1)  # what is no id is no guess
-        first = partial(self.first, cache, S)
+        first, new = partial(self.first, cache, S), self.records and ("first", B, S, n) not in self.recorded
         said, passes = self.run(("first", B, S, n), first, input_ids, pixel_values, ends, draft[:, :-1]), 1
+        if new:  # record the other kind at once, not when the robot moves
+            self.run(("again", B, S, n), partial(self.again, cache, S, 0), ends, draft[:, :-1])
         while (settled := agreed(draft, said)) < n:
             draft, passes = said, passes + 1
             start = 0 if self.records else settled - 1  # one recorded pass does for all
@@ -93,9 +99,10 @@ class Engine:
     def run(self, kind: tuple, fn, *inputs) -> Tensor:
         if not self.records:
             return fn(*inputs)
-        if kind not in self.recorded:
-            self.recorded[kind] = record(fn, inputs)
-        return self.recorded[kind](*inputs)
+        with torch.cuda.device_of(inputs[-1]):
+            if kind not in self.recorded:
+                self.recorded[kind] = record(fn, inputs)
+            return self.recorded[kind](*inputs)
 
     # Passes. `cache` has room for S + n tokens; the action's stand from place S on, whatever the prompt's length
 
@@ -164,7 +171,7 @@ def record(fn, inputs: tuple):
         for _ in range(3):  # compiles, chooses kernels, takes the memory they want
             fn(*fixed)
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=stream):
         out = fn(*fixed)
 
     def replay(*inputs: Tensor) -> Tensor:

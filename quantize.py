@@ -8,8 +8,8 @@ Smaller weights for inference: the language model's linear layers in 8 or 4 bits
     int4   two codes 0 ... 15 to a byte, a scale and a middle for each `group` inputs:  w = (code - 8) * scale + middle
 
 Activations stay in 16 or 32 bits and PyTorch's kernels unpack the weights as they multiply: a pass over one token reads
-a half or a quarter of the bytes. The towers and the projector stay as they are: they see many patches at once, where
-the weights' bytes are not what costs.
+a half or a quarter of the bytes (on CUDA, 8 bits are unpacked first). The towers and the projector stay as they are:
+they see many patches at once, where the weights' bytes are not what costs.
 
 Section 5.4 of https://arxiv.org/abs/2406.09246 has OpenVLA in 4 bits at 71.9 % success, in bfloat16 at 71.3 %.
 """
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import check_folder
+from checkpoint import check_folder, is_oft
 from configurator import configure, fail
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, weight_map, write_atomically, write_json
 
@@ -67,10 +67,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= FEW and rows.shape[1] % 32 == 0:  # else the kernel reads beyond the end
+        if len(rows) <= FEW and rows.shape[1] % 32 == 0 and not x.is_cuda:  # other widths it reads beyond the end of
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         else:
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+            y = F.linear(rows, self.weight.to(x.dtype) * self.scale[:, None])
         return y.view(*x.shape[:-1], -1)
 
 
@@ -84,7 +84,12 @@ class Int4Linear(nn.Module):
     def pack(self):
         """From the layout of the file to that of the device's kernel."""
         if self.weight.is_cuda:
-            self.weight = torch._convert_weight_to_int4pack(self.weight, 8)
+            tiles = next((t for t in (8, 4, 2) if self.in_features % (16 * t) == 0), 0)
+            if not tiles or self.out_features % 8:
+                raise ValueError(
+                    f"4 bits on CUDA want inputs in steps of 32, outputs of 8; a layer has {self.weight.shape}"
+                )
+            self.weight = torch._convert_weight_to_int4pack(self.weight, tiles)
         else:
             codes = torch.stack([self.weight >> 4, self.weight & 15], dim=-1).flatten(1).int()
             self.weight = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -104,6 +109,8 @@ def targets(model: OpenVLA) -> list[str]:
 def prepare(model: OpenVLA) -> OpenVLA:
     """Swap the modules of an empty model for what its config.json says the folder holds."""
     if how := model.cfg.extra.get("quantization"):
+        if how.get("bits") not in (4, 8) or "group" not in how:
+            raise ValueError(f"config.json: quantization is {how}, this code knows bits 4 and 8, and their group")
         for name in targets(model):
             parent, _, child = name.rpartition(".")
             kind = {8: Int8Linear, 4: Int4Linear}[how["bits"]]
@@ -113,7 +120,10 @@ def prepare(model: OpenVLA) -> OpenVLA:
 
 
 def load_quantized(folder, dtype=torch.bfloat16, device="cpu", progress=lambda names: names) -> OpenVLA:
-    """A folder that `write` made -> the model. The whole weights are never in memory, nor are they on disk."""
+    """A folder that `write` made -> the model. Raises ValueError where PyTorch has no kernel for it."""
+    device, bits = torch.device(device), check_folder(folder).extra["quantization"]["bits"]
+    if bits == 4 and (device.type not in ("cpu", "cuda") or (device.type == "cuda" and dtype != torch.bfloat16)):
+        raise ValueError(f"{folder}: 4 bits run on a CPU, or on CUDA in bfloat16; not on {device.type} in {dtype}")
     model = OpenVLA.from_pretrained(folder, dtype, device, progress, prepare)
     for module in model.modules():
         if isinstance(module, Int4Linear):
@@ -168,6 +178,8 @@ def write(checkpoint: str | Path, out: str | Path, bits: int, group: int):
 def check_before(checkpoint: Path, out: Path, bits: int, group: int) -> OpenVLAConfig:
     if (checkpoint / "adapter_config.json").is_file():
         raise ValueError(f"{checkpoint} is a LoRA run; make it one folder first: finetune_lora.py --merge {checkpoint}")
+    if is_oft(checkpoint):
+        raise ValueError(f"{checkpoint} is an OFT policy; only token models are quantized")
     config = check_folder(checkpoint)
     text = config.text
     if bits not in (4, 8) or group not in (32, 64, 128, 256):

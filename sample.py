@@ -141,7 +141,7 @@ def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", c
     images: B paths, PIL images or (H, W, 3) uint8 arrays; instructions: B texts, or one for all. Returns (B, A)
     float64 in the robot's units (metres, radians; gripper 1 open, 0 closed). crop: show only the middle 90 % (None: as
     the checkpoint says). previous (B, A): what was returned for these robots' last pictures; with policy.engine it
-    saves time, and never changes the answer. Warns when the model wrote a token that is no action. Raises ValueError
+    saves time and decides nothing (engine.py). Warns when the model wrote a token that is no action. Raises ValueError
     for bad input.
     """
     if not hasattr(policy.model, "generate"):

@@ -17,15 +17,18 @@ queue is a 429. SIGTERM: nothing new is taken, what was taken is answered.
 
 import asyncio
 import base64
+import copy
 import hmac
 import io
 import json
 import math
 import os
+import re
+import traceback
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -36,7 +39,7 @@ from checkpoint import check_folder
 from configurator import configure, fail
 from image import to_rgb
 from oft import predict_chunk
-from sample import Policy, check_length, dataset_stats, load, pick_device
+from sample import Policy, check_length, dataset_stats, load, pick_device, prepare
 
 
 @dataclass
@@ -53,7 +56,12 @@ class Config:
     wait_ms: float = 4.0  # how long the first of a batch waits for others
     queue: int = 64  # requests that may wait; further ones get a 429
     max_mb: float = 32.0  # of a request's body
-    max_megapixels: float = 40.0  # of a picture
+    max_megapixels: float = 9.0  # of a picture
+
+
+MAX_SIDE = 8192  # pixels: resizing takes memory by the side, not the area
+READ_S = 30  # seconds that a request may take to arrive
+NUMBERS = re.compile(r"[<>|=]?[uif][1248]|u?int(8|16|32|64)|float(16|32|64)")  # dtypes; numpy crashes on some others
 
 
 class Refused(Exception):
@@ -68,19 +76,23 @@ class Refused(Exception):
 # Requests: bytes -> {"images", "instruction", "unnorm_key", "state"}
 
 
-def decode_array(entry: dict, limit: float) -> np.ndarray:
+def decode_array(entry: dict) -> np.ndarray:
     """One array in json-numpy's form {"__numpy__": base64, "dtype", "shape"}."""
     try:
+        if not NUMBERS.fullmatch(entry["dtype"]):
+            raise ValueError(f"dtype {entry['dtype']!r:.40} is no plain number's")
         data, dtype = base64.b64decode(entry["__numpy__"], validate=True), np.dtype(entry["dtype"])
         shape = [int(n) for n in entry["shape"]]
-        if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
-            raise ValueError(f"{len(data)} bytes are no {dtype} array of shape {shape}")
-        array = np.frombuffer(data, dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError, SyntaxError, OverflowError) as error:
-        raise Refused(422, f"not an array in json-numpy's form: {error}") from None
-    if array.size > 4 * limit:
-        raise Refused(413, f"a picture of {array.size:,} numbers; at most {limit / 1e6:g} megapixels")
-    return array
+        if len(shape) > 4 or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"{len(data)} bytes are no {dtype} array of shape {shape!r:.80}")
+        return np.frombuffer(data, dtype).reshape(shape)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise Refused(422, f"not an array in json-numpy's form: {error!s:.200}") from None
+
+
+def check_size(width: int, height: int, limit: float):
+    if width * height > limit or max(width, height) > MAX_SIDE:
+        raise Refused(413, f"a picture of {width} x {height}; at most {limit / 1e6:g} megapixels, {MAX_SIDE} a side")
 
 
 def encode_array(array: np.ndarray) -> dict:
@@ -88,93 +100,125 @@ def encode_array(array: np.ndarray) -> dict:
     return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
 
 
-def parse_json(body: bytes, limit: float) -> tuple[dict, bool]:
+def parse_json(body: bytes, views: int, limit: float) -> tuple[dict, bool]:
     """-> the request, and whether it was encoded twice."""
     try:
         payload = json.loads(body)
         if twice := isinstance(payload, dict) and "encoded" in payload:
             payload = json.loads(payload["encoded"])
     except (ValueError, TypeError, RecursionError) as error:
-        raise Refused(400, f"not JSON: {error}") from None
+        raise Refused(400, f"not JSON: {error!s:.200}") from None
     if not isinstance(payload, dict):
         raise Refused(422, 'a request is {"image": array, "instruction": text}, this is ' + type(payload).__name__)
     images = payload.get("image")
     images = images if isinstance(images, list) else [images]
     if not images or not all(isinstance(i, dict) and "__numpy__" in i for i in images):
         raise Refused(422, '"image" is missing, or not in json-numpy\'s form: json_numpy.patch(), then post the array')
+    check_views(len(images), views)
+    images = [decode_array(i) for i in images]
+    for image in images:
+        check_size(*[*image.shape[1::-1], 1, 1][:2], limit)
     state = payload.get("state")
-    state = decode_array(state, limit) if isinstance(state, dict) else state
-    return {**payload, "images": [decode_array(i, limit) for i in images], "state": state}, twice
+    state = decode_array(state) if isinstance(state, dict) else state
+    return {**payload, "images": images, "state": state}, twice
+
+
+def parse_form(form: dict, files: list[bytes], views: int, limit: float) -> dict:
+    check_views(len(files), views)
+    try:
+        state = json.loads(form["state"]) if form.get("state") else None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused(422, f"`state` is not a list of numbers: {error!s:.200}") from None
+    images = [parse_picture(data, limit) for data in files]
+    return {"images": images} | {k: form.get(k) for k in ("instruction", "unnorm_key")} | {"state": state}
 
 
 def parse_picture(data: bytes, limit: float) -> np.ndarray:
     """A picture file; how large it is stands in its header, and is looked at before anything is unpacked."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > limit:
-            raise Refused(413, f"a picture of {image.width} x {image.height}; at most {limit / 1e6:g} megapixels")
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        check_size(image.width, image.height, limit)
         image.load()
-    except Image.DecompressionBombError as error:
+        return to_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Refused(413, str(error)) from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        what = "no picture file" if isinstance(error, UnidentifiedImageError) else f"a broken picture: {error}"
+    except Refused:
+        raise
+    except Exception as error:  # PIL raises all kinds for broken files
+        what = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else f"a broken picture: {error!s:.200}"
         raise Refused(422, what) from None
-    return image
 
 
-def parse_form(form, files: list[bytes], limit: float) -> dict:
-    if not files:
-        raise Refused(422, "no file `image` in the form")
-    try:
-        state = json.loads(form["state"]) if form.get("state") else None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Refused(422, f"`state` is not a list of numbers: {error}") from None
-    images = [parse_picture(data, limit) for data in files]
-    return {"images": images} | {k: form.get(k) for k in ("instruction", "unnorm_key")} | {"state": state}
+def check_views(found: int, views: int):
+    if found != views:
+        raise Refused(422, f"{found} pictures in `image`; this policy looks at {views}")
 
 
 def check(payload: dict, policy: Policy, cfg: Config, config) -> dict:
-    """The request as the model wants it. Raises Refused with what is wrong."""
+    """The request as the model wants it, its pictures prepared. Raises Refused with what is wrong."""
     instruction, key, oft = payload.get("instruction"), payload.get("unnorm_key"), getattr(policy.model, "oft", None)
     if not isinstance(instruction, str) or not instruction.strip():
         raise Refused(422, f'"instruction" must be a text, got {instruction!r:.80}')
     if not isinstance(key or "", str):
         raise Refused(422, f'"unnorm_key" must be a text, got {key!r:.80}')
-    views = oft.num_images if oft else 1
-    if len(payload["images"]) != views:
-        raise Refused(422, f"{len(payload['images'])} pictures; this policy looks at {views}")
     try:
         stats = dataset_stats(policy.norm_stats, key or cfg.unnorm_key, policy.checkpoint)
+        if len(instruction) > 4 * config.text.max_position_embeddings:
+            raise ValueError(f"an instruction of {len(instruction)} letters does not fit into the context")
+        prompt = policy.tokenizer.encode_prompt(instruction)
+        check_length(config, prompt, stats["action"])
+        state = check_oft(oft, payload, stats, config, len(prompt)) if oft else None
         images = [to_rgb(image) for image in payload["images"]]
         if min(min(image.shape[:2]) for image in images) < 1:
             raise ValueError("an empty picture")
-        check_length(config, policy.tokenizer.encode_prompt(instruction), stats["action"])
-        state = None
-        if oft and oft.proprio_dim:
-            state = np.asarray(payload["state"], np.float64)
-            if state.shape != (oft.proprio_dim,) or not np.isfinite(state).all():
-                raise ValueError(f'"state" must be {oft.proprio_dim} finite numbers, got shape {state.shape}')
-    except (ValueError, TypeError, UnicodeError) as error:
-        raise Refused(422, str(error)) from None
+        images = [prepare(policy, image, cfg.center_crop) for image in images]
+    except (ValueError, TypeError, UnicodeError, OverflowError) as error:
+        raise Refused(422, f"{error!s:.300}") from None
     return dict(images=images, instruction=instruction, unnorm_key=key or cfg.unnorm_key, state=state)
+
+
+def check_oft(oft, payload: dict, stats: dict, config, prompt: int) -> np.ndarray | None:
+    """What only an OFT policy wants: the state (P,), statistics of its sizes, room for its placeholders."""
+    patches = (config.vision[0].img_size // config.vision[0].patch_size) ** 2
+    total = oft.num_images * patches + bool(oft.proprio_dim) + prompt + oft.action_chunk * oft.action_dim + 1
+    if total > config.text.max_position_embeddings:
+        raise ValueError(f"the instruction makes {total} tokens, the context has {config.text.max_position_embeddings}")
+    sizes = len(stats["action"]["q01"]), len(stats.get("proprio", {"q01": ()})["q01"]) if oft.proprio_dim else 0
+    if sizes != (oft.action_dim, oft.proprio_dim):
+        raise ValueError(f"this dataset's actions and states have {sizes} numbers, the policy's {oft}")
+    if not oft.proprio_dim:
+        return None
+    state = np.asarray(payload["state"], np.float64)
+    if state.shape != (oft.proprio_dim,) or not np.isfinite(state).all():
+        raise ValueError(f'"state" must be {oft.proprio_dim} finite numbers, got {payload["state"]!r:.80}')
+    return state
 
 
 # -----------------------------------------------------------------------------
 # Answers
 
 
-def act(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray]:
-    """One pass for each dataset that is asked for -> (A,) or, of an OFT policy, (K, A) per request."""
+def act(policy: Policy, requests: list[dict]) -> list[np.ndarray | Exception]:
+    """One pass for each dataset that is asked for -> (A,) or, of an OFT policy, (K, A) per request; or its error."""
     answers, groups = [None] * len(requests), defaultdict(list)
     for i, request in enumerate(requests):
         groups[request["unnorm_key"]].append(i)
-    for key, numbers in groups.items():
-        some = [requests[i] for i in numbers]
-        states = None if some[0]["state"] is None else np.stack([r["state"] for r in some])
-        chunks = predict_chunk(policy, [r["images"] for r in some], [r["instruction"] for r in some], states, key, crop)
+    for numbers in groups.values():
+        try:
+            chunks = ask(policy, [requests[i] for i in numbers])
+        except Exception as error:  # whatever it was, it is one request's; who asked must hear of it, the others not
+            chunks = [error] if len(numbers) == 1 else [act(policy, [requests[i]])[0] for i in numbers]
         for i, chunk in zip(numbers, chunks, strict=True):
-            answers[i] = chunk if hasattr(policy.model, "oft") else chunk[0]
+            fine = isinstance(chunk, Exception) or np.isfinite(chunk).all()
+            answers[i] = chunk if fine else ValueError("the policy's answer is not finite")
     return answers
+
+
+def ask(policy: Policy, some: list[dict]) -> list[np.ndarray]:
+    states = None if some[0]["state"] is None else np.stack([r["state"] for r in some])
+    pictures, words = [r["images"] for r in some], [r["instruction"] for r in some]
+    chunks = predict_chunk(policy, pictures, words, states, some[0]["unnorm_key"])
+    return list(chunks if hasattr(policy.model, "oft") else chunks[:, 0])
 
 
 async def answer_all(waiting: asyncio.Queue, policy: Policy, cfg: Config):
@@ -186,14 +230,11 @@ async def answer_all(waiting: asyncio.Queue, policy: Policy, cfg: Config):
             try:
                 batch.append(waiting.get_nowait() if waiting.qsize() else await asyncio.wait_for(
                     waiting.get(), end - loop.time()))  # fmt: skip
-            except TimeoutError:
+            except asyncio.TimeoutError:  # noqa: UP041  in Python 3.10 it is one of its own
                 break
-        try:
-            answers = await loop.run_in_executor(model, act, policy, [r for r, _ in batch], cfg.center_crop)
-        except Exception as error:  # whatever it was: those who wait must hear of it
-            answers = [error] * len(batch)
+        answers = await loop.run_in_executor(model, act, policy, [request for request, _ in batch])
         for (_, future), answer in zip(batch, answers, strict=True):
-            if not future.done():  # else its client has gone
+            if not future.done():
                 future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
 
 
@@ -204,16 +245,22 @@ def make_app(policy: Policy, cfg: Config):
         from fastapi.responses import JSONResponse
         from starlette.datastructures import UploadFile
         from starlette.exceptions import HTTPException
+        from starlette.requests import ClientDisconnect
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}: pip install -r requirements-serve.txt") from None
 
-    config, token = check_folder(policy.checkpoint), cfg.token or os.environ.get("OPENVLA_TOKEN", "")
+    config, token = check_folder(policy.checkpoint), token_of(cfg)
+    ready = copy.copy(policy.processor)
+    ready.trained_on = ()  # `check` prepares the pictures, so that only small ones wait
+    ready = replace(policy, processor=ready)
+    views = policy.model.oft.num_images if hasattr(policy.model, "oft") else 1
+    busy = JSONResponse({"error": f"{cfg.queue} requests are waiting; come again"}, 429, {"Retry-After": "1"})
     waiting: asyncio.Queue = asyncio.Queue(cfg.queue)
     pixels, taken = cfg.max_megapixels * 1e6, set()  # futures of the requests that are to be answered
 
     @asynccontextmanager
     async def lifespan(app):
-        worker = asyncio.create_task(answer_all(waiting, policy, cfg))
+        worker = asyncio.create_task(answer_all(waiting, ready, cfg))
         yield  # uvicorn comes back when all that it took is answered
         worker.cancel()
 
@@ -228,16 +275,21 @@ def make_app(policy: Policy, cfg: Config):
             return await call_next(request)
         except Refused as error:
             return JSONResponse({"error": str(error)}, error.status)
+        except ClientDisconnect:
+            return JSONResponse({"error": "you have gone"}, 400)
+        except Exception:
+            traceback.print_exc()
+            return JSONResponse({"error": "the server failed; its log says how"}, 500)
 
     async def read(request: Request) -> tuple[dict, str]:
         """The request's content, and how to write the answer: json, twice or form."""
         size, kind = request.headers.get("content-length", ""), request.headers.get("content-type", "")
-        if not size.isdigit():
+        if not size.isdigit() or "transfer-encoding" in request.headers:
             raise Refused(411, "say how long the request is (Content-Length)")
         if int(size) > cfg.max_mb * 1e6:
             raise Refused(413, f"{int(size):,} bytes; at most {cfg.max_mb:g} MB")
         if not kind.startswith("multipart/form-data"):
-            payload, twice = await asyncio.to_thread(parse_json, await request.body(), pixels)
+            payload, twice = await asyncio.to_thread(parse_json, await request.body(), views, pixels)
             return payload, "twice" if twice else "json"
         try:
             form = await request.form(max_files=8, max_fields=8)
@@ -245,18 +297,22 @@ def make_app(policy: Policy, cfg: Config):
             raise Refused(400, f"not a form: {error.detail}") from None
         files = [await f.read() for f in form.getlist("image") if isinstance(f, UploadFile)]
         fields = {k: v for k, v in form.items() if isinstance(v, str)}
-        return await asyncio.to_thread(parse_form, fields, files, pixels), "form"
+        return await asyncio.to_thread(parse_form, fields, files, views, pixels), "form"
 
     @app.post("/act")
     async def take(request: Request):
-        payload, kind = await read(request)
+        if waiting.full():
+            return busy
+        try:
+            payload, kind = await asyncio.wait_for(read(request), READ_S)
+        except asyncio.TimeoutError:  # noqa: UP041
+            raise Refused(408, f"the request did not arrive within {READ_S} s") from None
         wanted = await asyncio.to_thread(check, payload, policy, cfg, config)
         future = asyncio.get_running_loop().create_future()
         try:
             waiting.put_nowait((wanted, future))
         except asyncio.QueueFull:
-            again = {"Retry-After": "1"}
-            return JSONResponse({"error": f"{cfg.queue} requests are waiting; come again"}, 429, again)
+            return busy
         taken.add(future)
         future.add_done_callback(taken.discard)
         try:
@@ -283,11 +339,17 @@ def make_app(policy: Policy, cfg: Config):
     return app
 
 
+def token_of(cfg: Config) -> str:
+    return cfg.token or os.environ.get("OPENVLA_TOKEN", "")
+
+
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
     if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
         fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
+    if cfg.host not in ("127.0.0.1", "localhost", "::1") and not token_of(cfg):
+        fail(f"--host {cfg.host} lets other machines command the robot; give a --token, too")
     try:
         import uvicorn
 
@@ -300,7 +362,8 @@ def main(cfg: Config):
         fail(f"{error}; pip install -r requirements-serve.txt")
     except (ValueError, OSError) as error:
         fail(error)
-    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", timeout_graceful_shutdown=60)
+    most = cfg.queue + cfg.max_batch + 64  # connections; further ones get a 503
+    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", limit_concurrency=most)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def normalize(x: np.ndarray, stats: dict, scheme: str = "bounds_q99") -> np.ndar
     low, high = (np.asarray(stats[k]) for k in SCHEMES[scheme])
     span = (high - low + 1e-8).astype(np.float32)  # in float64, unlike the rest: so the official arithmetic has it
     y = np.where(mask, np.clip(2 * (x - low.astype(np.float32)) / span - 1, -1, 1), x)
+    if "min" not in stats or "max" not in stats:  # only the figures that are needed to act
+        return y
     return np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), np.float32(0), y)
 
 

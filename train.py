@@ -33,7 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from checkpoint import check_folder
+from checkpoint import check_folder, refuse_quantized
 from configurator import configure, fail
 from data import Mixture, Positions, make_loader, open_mixture, warn_constant
 from image import ImageProcessor
@@ -285,6 +285,7 @@ def build(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
 def start(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     if cfg.base_checkpoint:
         config = check_folder(cfg.base_checkpoint)
+        refuse_quantized(config, cfg.base_checkpoint)
         tokenizer = Tokenizer(cfg.tokenizer or cfg.base_checkpoint, prompt_for(config.extra))
         processor = ImageProcessor.from_pretrained(cfg.base_checkpoint)
         stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))

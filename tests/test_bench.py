@@ -1,4 +1,4 @@
-"""The benchmarks run and say the same thing twice; no test looks at a time."""
+"""The benchmarks run; no test looks at a time."""
 
 import json
 import subprocess
@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from common import ROOT
+
+from bench import write_random_checkpoint
 
 
 def bench(*argv: str) -> dict:
@@ -28,7 +30,19 @@ def test_train():
     assert row["samples_per_s"] > 0
 
 
-@pytest.mark.parametrize("argv", [["fly"], ["infer", "--shape", "giant"], ["load", "--checkpoint", "nowhere"]])
+def test_drafts_agree_load(tmp_path):
+    write_random_checkpoint(tmp_path / "m", "tiny")
+    way = f"--checkpoint {tmp_path / 'm'} --dtype float32 --device cpu --inputs 3".split()
+    assert bench("drafts", *way)["last action"] >= 1
+    row = bench("agree", *way, "--against", str(tmp_path / "m"))
+    assert row["same_actions"] == 1 and row["l1_normalised"] == 0
+    assert bench("load", *way)["peak_mb"] > 0
+
+
+WRONG = ["fly", "infer --shape giant", "load --checkpoint nowhere", "infer --vs offical", "infer --actions 0"]
+
+
+@pytest.mark.parametrize("argv", [text.split() for text in WRONG])
 def test_refusals(argv):
     run = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr

@@ -110,17 +110,67 @@ def test_refusals(model):
         Engine(model).generate(ids, pixels, N, None, torch.zeros(2, 6, dtype=torch.long))
     with pytest.raises(ValueError, match="prompt too long"):
         Engine(model).generate(ids.repeat(1, 200), pixels, N)
+    engine = Engine(model)  # recorded passes pad the prompt; that does not count
+    engine.records, limit = True, model.cfg.text.max_position_embeddings
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(engine_module, "record", lambda fn, inputs: fn)
+        m.setattr(engine.model.cfg.text, "max_position_embeddings", 256 + ids.shape[1] + N)
+        assert torch.equal(engine.generate(ids, pixels, N)[0], Engine(model).generate(ids, pixels, N)[0])
+    assert model.cfg.text.max_position_embeddings == limit
     draft = torch.full((2, N), 10**6)  # no id at all: a draft cannot do harm
     assert torch.equal(Engine(model).generate(ids, pixels, N, None, draft)[0], model.generate(ids, pixels, N)[0])
 
 
 def test_policy_with_previous_actions(folders, tmp_path):
-    """predict_action with an engine: the same actions, and the last ones are a draft that fits when nothing changes."""
+    """predict_action with an engine: the same actions, and its last ones are a draft that fits when nothing changes."""
     policy = sample.load(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
     pictures = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8) for i in range(2)]
     words = ["put the spoon on the towel", "lift it"]
-    want = sample.predict_action(policy, pictures, words, "bridge_orig")
-    policy.engine = Engine(policy.model, actions_only=False)
-    for previous in (None, want, want[::-1]):
-        got = sample.predict_action(policy, pictures, words, "bridge_orig", previous=previous)
-        np.testing.assert_array_equal(got, want)
+    greedy = Engine(policy.model, actions_only=True)
+    policy.engine, passes = Engine(policy.model, actions_only=True), []
+
+    def generate(*args):
+        tokens, n = Engine.generate(policy.engine, *args)
+        passes.append(n)
+        return tokens, n
+
+    policy.engine.generate = greedy.generate
+    for key in ("bridge_orig", "toy"):
+        greedy.generate = lambda *args: Engine.generate(greedy, *args[:-1])  # without the draft
+        policy.engine.generate = greedy.generate
+        want = sample.predict_action(policy, pictures, words, key)
+        policy.engine.generate = generate
+        for previous in (None, want[::-1], want):
+            got = sample.predict_action(policy, pictures, words, key, previous=previous)
+            np.testing.assert_array_equal(got, want)
+        assert passes[-1] == 1 < passes[-2]
+
+
+def test_statistics_of_the_two_figures_that_are_needed(folders, tmp_path):
+    policy = sample.load(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
+    policy.norm_stats = {"mine": {"action": dict(q01=[-1.0] * 7, q99=[1.0] * 7)}}
+    policy.engine = Engine(policy.model, actions_only=True)
+    assert sample.predict_action(policy, [np.zeros((8, 8, 3), np.uint8)], ["go"]).shape == (1, 7)
+
+
+def test_adapters_and_oft_are_refused(folders):
+    from lora import add_lora
+    from oft import OFT, OFTConfig
+
+    model = OpenVLA.from_pretrained(folders["tiny-openvla"], torch.float32)
+    with pytest.raises(ValueError, match="OFT is no token model"):
+        Engine(OFT(model, OFTConfig(num_images=1)))
+    with pytest.raises(ValueError, match="merge them first"):
+        Engine(add_lora(model, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recording(model):
+    model = copy.deepcopy(model).cuda()
+    engine = Engine(model)
+    for seed in range(3):
+        ids, pixels, lengths = (x.cuda() for x in random_inputs(seed, 2))
+        ids, lengths = ids[:, :12], lengths.clamp_max(12)
+        want = model.generate(ids, pixels, N, lengths)[0]
+        for draft in (None, *drafts_for(want.cpu(), seed).values()):
+            assert torch.equal(engine.generate(ids, pixels, N, lengths, draft)[0], want)

@@ -171,18 +171,31 @@ GOOD = {"image": array(np.zeros((8, 8, 3), np.uint8)), "instruction": "lift it"}
         (dict(json=[1]), 422, "this is list"),
         (dict(json={}), 422, "image"),
         (dict(json={**GOOD, "image": [[0]]}), 422, "json-numpy"),
-        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 pictures; this policy looks at 1"),
+        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 pictures in `image`; this policy looks at 1"),
         (dict(json={**GOOD, "image": {**GOOD["image"], "shape": [9, 9, 3]}}), 422, "are no uint8 array"),
         (dict(json={**GOOD, "image": {**GOOD["image"], "dtype": "|O"}}), 422, "array"),
+        (dict(json={**GOOD, "image": {"__numpy__": "", "dtype": "M8[s/0]", "shape": [0]}}), 422, "no plain number"),
+        (
+            dict(json={**GOOD, "image": {"__numpy__": "", "dtype": "b," * 200_000, "shape": [0]}}),
+            422,
+            "no plain",
+        ),
+        (dict(json={**GOOD, "image": array(np.zeros((1, 9000, 3), np.uint8))}), 413, "9000 x 1"),
         (dict(json={**GOOD, "image": array(np.zeros((8, 8, 3)))}), 422, "uint8"),
         (dict(json={**GOOD, "image": array(np.zeros((0, 8, 3), np.uint8))}), 422, "empty|picture"),
         (dict(json={**GOOD, "instruction": " "}), 422, "instruction"),
         (dict(json={**GOOD, "instruction": "word " * 3000}), 422, "context"),
         (dict(json={**GOOD, "unnorm_key": "nowhere"}), 422, "the checkpoint has: bridge_orig, toy"),
         (dict(json={**GOOD, "unnorm_key": [1]}), 422, "unnorm_key"),
-        (dict(files={"image": b"GIF89a"}, data={"instruction": "x"}), 422, "picture"),
+        (dict(files={"image": b"GIF89a"}, data={"instruction": "x"}), 422, "no PNG or JPEG"),
         (dict(files={"image": huge_png(40_000)}, data={"instruction": "x"}), 413, "1600000000 pixels"),
-        (dict(files={"other": b"x"}, data={"instruction": "x"}), 422, "no file"),
+        (dict(files={"image": huge_png(7_000)}, data={"instruction": "x"}), 413, "a picture of 7000 x 7000"),
+        (
+            dict(files={"image": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, data={"instruction": "x"}),
+            422,
+            "no PNG",
+        ),
+        (dict(files={"other": b"x"}, data={"instruction": "x"}), 422, "0 pictures"),
         (dict(data=bytes(33_000_000)), 413, "at most 32 MB"),
         (dict(data=(b"a" for _ in range(3))), 411, "Content-Length"),
     ],
@@ -200,7 +213,7 @@ json_values = st.recursive(
 arrays = st.fixed_dictionaries(
     {"__numpy__": st.sampled_from(["", "AAAA", "AAAAAAAAAAAAAAAA"]) | json_values},
     optional={
-        "dtype": st.sampled_from(["|u1", "<f4", "|O", "<U3", "|V8", "M8[s]", "i4,i4"]) | json_values,
+        "dtype": st.sampled_from(["|u1", "<f4", "|O", "<U3", "|V8", "M8[s]", "M8[s/0]", "i4,i4"]) | json_values,
         "shape": st.lists(st.integers(-2, 4), max_size=4) | json_values,
     },
 )
@@ -214,6 +227,26 @@ payloads = st.fixed_dictionaries(
         "encoded": st.text(max_size=20) | json_values,
     },
 )
+
+
+def files_of(format: str, exif: bytes = b"") -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(picture(3)[:12, :12]).save(data, format, **({"exif": exif} if exif else {}))
+    return data.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["PNG", "JPEG"]), st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=8))
+def test_broken_pictures(server, format, changes):
+    """Picture files with some bytes changed, and with an EXIF part that is none."""
+    data = bytearray(files_of(format, b"Exif\0\0II*\0garbage" if len(changes) % 2 else b""))
+    for place, value in changes:
+        data[place % len(data)] = value
+    response = requests.post(f"{server}/act", files={"image": bytes(data)}, data={"instruction": "go"})
+    assert response.status_code == 200 or (400 <= response.status_code < 500 and response.json()["error"]), (
+        response.text
+    )
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -260,6 +293,62 @@ def test_token_overload_and_an_end_under_load(folder):
     assert process.wait(30) in (0, -signal.SIGTERM)
 
 
+def test_chunks_and_a_length(server):
+    """A request that gives both is refused before its body is read: the length would not hold."""
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as s:
+        head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+        s.sendall(head + b"5\r\nhello\r\n0\r\n\r\n")
+        assert s.recv(100).split()[1] in (b"411", b"400")
+
+
+def test_one_bad_request_in_a_batch(monkeypatch):
+    """An error in the model is the answer of the one that it is due to."""
+    import serve
+
+    def ask(policy, some):
+        if any(r["bad"] for r in some):
+            raise KeyError("proprio")
+        return [np.full(7, r["number"]) for r in some]
+
+    monkeypatch.setattr(serve, "ask", ask)
+    requests_ = [dict(number=i, bad=i == 2, unnorm_key=key) for i, key in enumerate("aaabb")]
+    answers = serve.act(None, requests_)
+    assert [isinstance(a, KeyError) for a in answers] == [False, False, True, False, False]
+    assert [a[0] for i, a in enumerate(answers) if i != 2] == [0, 1, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_oft(folders, tmp_path):
+    """Two pictures and a state; what does not fit is refused; the answer is predict_chunk's."""
+    from model import OpenVLA
+    from oft import OFT, OFTConfig, predict_chunk, save_oft
+
+    folder = with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m"))
+    vla = OpenVLA.from_pretrained(folder, torch.float32)
+    save_oft(OFT(vla, OFTConfig(action_chunk=2, proprio_dim=7)), folder, torch.float32)
+    policy = sample.load(folder, torch.float32)
+    want = predict_chunk(policy, [[picture(0), picture(1)]], ["go"], np.full((1, 7), 0.1), "toy")[0]
+    good = {"image": [array(picture(0)), array(picture(1))], "instruction": "go", "state": [0.1] * 7}
+    process, url = start(folder, "--unnorm_key", "toy")
+    try:
+        answer = json_numpy.loads(requests.post(f"{url}/act", json=good).text)
+        assert answer.shape == (2, 7)
+        np.testing.assert_allclose(answer, want, atol=1e-9)
+        for change, reason in (
+            ({"image": good["image"][:1]}, "1 pictures"),
+            ({"state": None}, "7 finite numbers"),
+            ({"state": [1, 2]}, "7 finite numbers"),
+            ({"state": [10**400] * 7}, "."),
+            ({"instruction": "word " * 1530}, "tokens"),
+        ):
+            answer = requests.post(f"{url}/act", json={**good, **change})
+            assert answer.status_code == 422 and re.search(reason, answer.json()["error"]), answer.text
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def test_full_queue(folder):
     """One pass at a time, one that may wait: the others are told to come again, and none is lost."""
     process, url = start(folder, "--unnorm_key", "toy", "--max_batch", "1", "--queue", "1", "--wait_ms", "0")
@@ -275,6 +364,7 @@ def test_command_line(folder):
     for argv, reason in (
         (["--checkpoint", "nowhere"], "no such checkpoint"),
         (["--checkpoint", str(folder), "--unnorm_key", "x"], "the checkpoint has: bridge_orig, toy"),
+        (["--checkpoint", str(folder), "--host", "0.0.0.0"], "give a --token"),
         ([], "--checkpoint"),
     ):
         run = subprocess.run([sys.executable, "serve.py", *argv], cwd=ROOT, capture_output=True, text=True)
