@@ -12,6 +12,7 @@ FAIL why it matters and what to do; the exit code is 1 if anything fails. Pictur
 Axes: N frames, A action dimensions, n = A tokens, S sequence, H heads.
 """
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,17 @@ from configurator import configure, fail, read_config_file
 from data import open_mixture, scheme_of, to_picture
 from image import center_crop, decode, to_rgb
 from look import look, spread
-from tokenizer import BLANK, action_mask, decode_action, encode_action, normalize, pad_sequences, unnormalize
+from tokenizer import (
+    BLANK,
+    PROMPT,
+    PROMPT_VICUNA,
+    action_mask,
+    decode_action,
+    encode_action,
+    normalize,
+    pad_sequences,
+    unnormalize,
+)
 
 CLOSE = 0.02  # of a dimension's range: statistics that differ by less are the same
 
@@ -161,11 +172,16 @@ def check_policy(policy, dataset, cfg: Config) -> int:
     )  # fmt: skip
 
     if not action_mask(data)[-1] and len(set(true[:, -1] > 0.5)) == 2:
-        agree = float(((said[:, -1] > 0.5) == (true[:, -1] > 0.5)).mean())
+        right, is_open = (said[:, -1] > 0.5) == (true[:, -1] > 0.5), true[:, -1] > 0.5
+        opened, closed = float(right[is_open].mean()), float(right[~is_open].mean())
+        how = "it never opens" if opened < 0.2 else "it never closes"
+        how = "the wrong way round" if opened + closed < 0.7 else how
+        fine = opened + closed > 0.7 and min(opened, closed) > 0.2
         verdict(
-            agree > 0.35, "gripper", f"open or closed as in the data in {agree:.1%} of the frames",
-            "it opens where it should close",
-            "1 is open, 0 is closed: turn the gripper in the dataset's standardise function, or on the robot",
+            fine, "gripper", f"as in the data in {opened:.1%} of the open and {closed:.1%} of the closed frames"
+            + ("" if fine else f": {how}"), "it cannot hold anything",
+            "1 is open, 0 is closed: turn it in the dataset's standardise function, or on the robot; "
+            "if it never moves, look at how often it does in the data (check.py data)",
         )  # fmt: skip
 
     few = spread(len(true), cfg.what_if)
@@ -183,6 +199,16 @@ def check_policy(policy, dataset, cfg: Config) -> int:
     for name, (pictures, crop) in tqdm(ways.items(), "what if", leave=False):
         pictures = [np.ascontiguousarray(p) for p in pictures]
         errors[name] = float(np.abs(decode_action(say(policy, pictures, texts, A, cfg, crop)) - y[few]).mean())
+    other = copy.copy(policy)
+    other.tokenizer = copy.copy(policy.tokenizer)
+    for template in {PROMPT, PROMPT_VICUNA} - {policy.tokenizer.prompt}:
+        other.tokenizer.prompt = template
+        error = float(np.abs(decode_action(say(other, images, texts, A, cfg, crops)) - y[few]).mean())
+        verdict(
+            error > 0.8 * base, "template", f"L1 {base:.3f} with its own, {error:.3f} with {template[:24]!r}...",
+            "it was trained with other words around the instruction",
+            "config.json's llm_backbone_id and hf_llm_id choose the template (tokenizer.prompt_for)",
+        )  # fmt: skip
     best = min(errors, key=errors.get)
     better = errors[best] < 0.8 * base
     verdict(
@@ -229,7 +255,7 @@ def check_language(policy, dataset, cfg: Config) -> int:
     rng = np.random.default_rng(0)
     swapped = [rng.choice([k for k in known if k != t]) for t in texts]
     said = {
-        name: say(policy, frames["images"], words, A, cfg, title=name)
+        name: say(policy, frames["images"], words, A, cfg, cfg.center_crop, name)
         for name, words in dict(right=texts, swapped=swapped, blank=[" "] * len(texts)).items()
     }
     l1 = {name: float(np.abs(decode_action(tokens) - y).mean()) for name, tokens in said.items()}
@@ -257,9 +283,9 @@ def check_attention(policy, dataset, cfg: Config) -> int:
     A, weight = frames["actions"].shape[1], llama.model.norm.weight
     figure, axes = plt.subplots(len(picked), A + 1, figsize=(1.7 * (A + 1), 2.0 * len(picked)), squeeze=False)
     for row, image, text in zip(axes, frames["images"], frames["texts"], strict=True):
-        shown = sample.prepare(policy, image)
+        shown = sample.prepare(policy, image, cfg.center_crop)
         pixels = policy.processor.normalize(torch.from_numpy(shown)[None].to(weight.device)).to(weight.dtype)
-        tokens = sample.predict_tokens(policy, [image], [text], A).to(weight.device)
+        tokens = sample.predict_tokens(policy, [image], [text], A, cfg.center_crop).to(weight.device)
         ids = torch.tensor([policy.tokenizer.encode_prompt(text)], device=weight.device)
         x = policy.model.embed(torch.cat([ids, tokens[:, :-1]], dim=1), pixels)  # (1, S, D)
         maps, attend = [], F.scaled_dot_product_attention
@@ -327,6 +353,8 @@ def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]]):
 
 
 def main(command: str, cfg: Config) -> int:
+    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
+        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
     if not cfg.data_root_dir or not cfg.data_mix:
         fail("give --data_root_dir DIR and --data_mix NAME")
     try:

@@ -13,7 +13,7 @@ experiments/robot/bridge/run_bridgev2_eval.py and widowx_env.py of github.com/op
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,13 @@ TURNED = [[0.267, 0, 0.963], [0, 1, 0], [-0.963, 0, 0.267]]  # the gripper point
 QUATERNION = [0, -0.259, 0, -0.966]  # the same
 
 
+def done(status, what: str):
+    """The client's answers are numbers. Raises ConnectionError for any but success."""
+    if int(status) != 1:
+        reason = {0: "no connection", 2: "it could not be carried out", 3: "the robot is not initialized"}
+        raise ConnectionError(f"{what}: {reason.get(int(status), f'status {status}')}")
+
+
 def connect(cfg: Config):
     """A WidowX client whose robot is ready. Raises ModuleNotFoundError that says what to install."""
     try:
@@ -64,7 +71,7 @@ def connect(cfg: Config):
     settings = {**WidowXConfigs.DefaultEnvParams, "override_workspace_boundaries": BOUNDS, "return_full_image": True}
     settings |= dict(camera_topics=[{"name": cfg.camera}], start_state=[*cfg.start, *QUATERNION])
     robot = WidowXClient(host=cfg.host, port=cfg.port)
-    robot.init(settings)
+    done(robot.init(settings), f"setting up the robot at {cfg.host}:{cfg.port}")
     return robot
 
 
@@ -79,10 +86,10 @@ def observe(robot, patience: float = 30.0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def go_to_start(robot, cfg: Config):
-    robot.reset()
+    done(robot.reset(), "reset")
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = TURNED, cfg.start
-    robot.move(pose, duration=0.8, blocking=True)  # else the controller takes the way there for the start
+    done(robot.move(pose, duration=0.8, blocking=True), "moving to the start")  # blocking, or the start is wrong
 
 
 def ask_policy(policy: Policy, picture: np.ndarray, instruction: str, state: np.ndarray, cfg: Config) -> np.ndarray:
@@ -109,7 +116,7 @@ def play(robot, policy: Policy, instruction: str, cfg: Config) -> tuple[list[dic
             seconds = time.monotonic() - begin
             pictures.append(picture)
             steps.append(dict(action=action.tolist(), state=state.tolist(), policy_s=seconds, late_s=late))
-            robot.step_action(action, blocking=cfg.blocking)
+            done(robot.step_action(action, blocking=cfg.blocking), "action")
     except KeyboardInterrupt:
         return steps, pictures, "stopped"
     except Exception as error:  # an error is written down, and neither a success nor a failure
@@ -177,18 +184,23 @@ def evaluate(robot, policy: Policy, cfg: Config) -> list[dict]:
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
+    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
+        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
     try:
         out = Path(cfg.out)
-        protocol = {k: str(getattr(cfg, k)) for k in ("checkpoint", "unnorm_key", "max_steps", "frequency", "blocking")}
+        free = ("episodes", "host", "port", "out", "device")
+        protocol = {k: str(v) for k, v in asdict(cfg).items() if k not in free}
         before = json.loads((out / "protocol.json").read_text()) if (out / "protocol.json").is_file() else protocol
         if before != protocol:
             fail(f"{out} holds episodes of another protocol, {before}; choose another --out")
-        robot = connect(cfg)
         device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
         dataset_stats(policy.norm_stats, cfg.unnorm_key, cfg.checkpoint)
+        if (oft := getattr(policy.model, "oft", None)) and (oft.num_images != 1 or oft.proprio_dim not in (0, 7)):
+            fail(f"{cfg.checkpoint} looks at {oft.num_images} pictures and {oft.proprio_dim} numbers; here are 1 and 7")
         if not policy.processor.trained_on:  # openvla-7b has no such record; Bridge was resized so, and not cropped
             policy.processor.trained_on = ("lanczos3",)
+        robot = connect(cfg)
         write_json(out / "protocol.json", protocol)
         evaluate(robot, policy, cfg)
     except (ModuleNotFoundError, ValueError, OSError) as error:

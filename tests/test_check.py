@@ -19,7 +19,7 @@ import sample
 import toy
 from data import Samples
 from rlds_writer import write_rlds
-from tokenizer import BLANK, decode_action, encode_action, unnormalize
+from tokenizer import BLANK, PROMPT_VICUNA, decode_action, encode_action, unnormalize
 
 A, SIDE, FRAME = 7, 224, 4
 WORDS = ["pick up the can", "open the drawer"]
@@ -152,10 +152,29 @@ def test_statistics(policy, capsys, tmp_path):
     assert failed == 1 and "FAIL statistics" in text and "30.0%" in text, text
 
 
-def test_gripper(policy, capsys, tmp_path):
-    dataset = dataset_of([{**s, "action": np.append(s["action"][:6], 1 - s["action"][6])} for s in samples()], policy)
+@pytest.mark.parametrize(
+    "change, how", [(lambda g: 1 - g, "wrong way round"), (None, "never closes"), (lambda g: 0 * g, None)]
+)
+def test_gripper(policy, capsys, tmp_path, monkeypatch, change, how):
+    some = samples()
+    if change:
+        some = [{**s, "action": np.append(s["action"][:6], change(s["action"][6]))} for s in some]
+    else:
+        right = policy.model.answer
+        always = lambda *args: torch.cat([right(*args)[:6], torch.tensor([31744])])  # noqa: E731
+        monkeypatch.setattr(policy.model, "answer", always)
+    failed, text = run(policy, dataset_of(some, policy), capsys, tmp_path)
+    found = re.search("FAIL gripper: .*", text)
+    assert (found and how in found[0]) if how else not found, text
+
+
+def test_template(policy, capsys, tmp_path):
+    """The words around the instruction are another model's."""
+    dataset = dataset_of(samples(), policy)
+    policy.tokenizer = copy.copy(policy.tokenizer)
+    policy.tokenizer.prompt = PROMPT_VICUNA
     failed, text = run(policy, dataset, capsys, tmp_path)
-    assert failed == 1 and "FAIL gripper" in text, text
+    assert failed and "FAIL template" in text, text
 
 
 def test_prompt(policy, capsys, tmp_path, monkeypatch):
@@ -190,7 +209,8 @@ def test_command_line(folders, tmp_path, monkeypatch):
     done = call("policy", "--checkpoint", folder, *common)
     assert done.returncode == 1 and "FAIL statistics" in done.stdout and "what to do" in done.stdout, done.stderr
     assert call("attention", "--checkpoint", folder, *common).returncode == 0
-    assert call("data", *common).returncode in (0, 1)
+    done = call("data", *common)  # nothing turns in this world, which is worth a word
+    assert done.returncode == 1 and "FAIL data: toy: action dimension 3 never moves" in done.stdout, done.stderr
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"policy.png", "attention.png", "toy-frames.png", "toy-actions.png"} <= names
     for argv, reason in ((["policy"], "--data_root_dir"), (["policy", *common], "--checkpoint"), (["fly"], "usage")):

@@ -19,23 +19,28 @@ class Robot:
 
     calls: list = []
     silent = broken = False
+    status = 1  # that all calls answer: success
 
     def __init__(self, host, port):
         self.calls.append(("connect", host, port))
 
     def init(self, settings):
         self.calls.append(("init", settings))
+        return 1
 
     def reset(self):
         self.calls.append(("reset",))
+        return 1
 
     def move(self, pose, duration, blocking):
         self.calls.append(("move", np.array(pose), blocking))
+        return 1
 
     def step_action(self, action, blocking):
         if Robot.broken:
             raise RuntimeError("the arm hangs")
         self.calls.append(("step", np.array(action), blocking))
+        return Robot.status
 
     def get_observation(self):
         if Robot.silent:
@@ -59,6 +64,7 @@ def evaluate(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Robot, "calls", [])
     monkeypatch.setattr(Robot, "silent", False)
     monkeypatch.setattr(Robot, "broken", False)
+    monkeypatch.setattr(Robot, "status", 1)
 
     def run(answers: list[str], **options):
         left = iter(answers)
@@ -113,6 +119,14 @@ def test_errors_are_no_outcome(evaluate, capsys):
     assert "0 of 0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("status, reason", [(0, "no connection"), (2, "could not be carried out")])
+def test_a_robot_that_does_not_obey(evaluate, status, reason):
+    """Its answers are numbers; anything but success is an error of the robot, not a failure of the policy."""
+    Robot.status = status
+    (row,) = evaluate(["go", "", "n"], episodes=1)
+    assert reason in row["error"] and row["steps"] == 1
+
+
 def test_stopped_by_hand(evaluate, monkeypatch):
     def stop(self, action, blocking):
         raise KeyboardInterrupt
@@ -131,7 +145,12 @@ def test_another_protocol(evaluate, capsys):
 
 def test_refusals(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "widowx_envs", None)
-    for options, reason in ((dict(checkpoint=""), "--checkpoint"), (dict(checkpoint=str(folder)), "bridge_data_robot")):
+    wrong = ((dict(checkpoint=""), "--checkpoint"), (dict(checkpoint=str(folder)), "bridge_data_robot"))
+    wrong += (
+        (dict(checkpoint=str(folder), dtype="fp16"), "float16"),
+        (dict(checkpoint=str(folder), unnorm_key="x"), "x"),
+    )
+    for options, reason in wrong:
         with pytest.raises(SystemExit):
             eval_bridge.main(eval_bridge.Config(out=str(tmp_path / "out"), **options))
         assert reason in capsys.readouterr().err
