@@ -17,7 +17,6 @@ queue is a 429. SIGTERM: nothing new is taken, what was taken is answered.
 
 import asyncio
 import base64
-import copy
 import hmac
 import io
 import json
@@ -28,7 +27,7 @@ import traceback
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ from checkpoint import check_folder
 from configurator import configure, fail
 from image import to_rgb
 from oft import predict_chunk
-from sample import Policy, check_length, dataset_stats, load, pick_device, prepare
+from sample import Policy, check_length, dataset_stats, load, pick_device
 
 
 @dataclass
@@ -155,7 +154,7 @@ def check_views(found: int, views: int):
 
 
 def check(payload: dict, policy: Policy, cfg: Config, config) -> dict:
-    """The request as the model wants it, its pictures prepared. Raises Refused with what is wrong."""
+    """The request as `act` wants it. Raises Refused with what is wrong."""
     instruction, key, oft = payload.get("instruction"), payload.get("unnorm_key"), getattr(policy.model, "oft", None)
     if not isinstance(instruction, str) or not instruction.strip():
         raise Refused(422, f'"instruction" must be a text, got {instruction!r:.80}')
@@ -171,7 +170,6 @@ def check(payload: dict, policy: Policy, cfg: Config, config) -> dict:
         images = [to_rgb(image) for image in payload["images"]]
         if min(min(image.shape[:2]) for image in images) < 1:
             raise ValueError("an empty picture")
-        images = [prepare(policy, image, cfg.center_crop) for image in images]
     except (ValueError, TypeError, UnicodeError, OverflowError) as error:
         raise Refused(422, f"{error!s:.300}") from None
     return dict(images=images, instruction=instruction, unnorm_key=key or cfg.unnorm_key, state=state)
@@ -198,26 +196,26 @@ def check_oft(oft, payload: dict, stats: dict, config, prompt: int) -> np.ndarra
 # Answers
 
 
-def act(policy: Policy, requests: list[dict]) -> list[np.ndarray | Exception]:
+def act(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray | Exception]:
     """One pass for each dataset that is asked for -> (A,) or, of an OFT policy, (K, A) per request; or its error."""
     answers, groups = [None] * len(requests), defaultdict(list)
     for i, request in enumerate(requests):
         groups[request["unnorm_key"]].append(i)
     for numbers in groups.values():
         try:
-            chunks = ask(policy, [requests[i] for i in numbers])
+            chunks = ask(policy, [requests[i] for i in numbers], crop)
         except Exception as error:  # whatever it was, it is one request's; who asked must hear of it, the others not
-            chunks = [error] if len(numbers) == 1 else [act(policy, [requests[i]])[0] for i in numbers]
+            chunks = [error] if len(numbers) == 1 else [act(policy, [requests[i]], crop)[0] for i in numbers]
         for i, chunk in zip(numbers, chunks, strict=True):
             fine = isinstance(chunk, Exception) or np.isfinite(chunk).all()
             answers[i] = chunk if fine else ValueError("the policy's answer is not finite")
     return answers
 
 
-def ask(policy: Policy, some: list[dict]) -> list[np.ndarray]:
+def ask(policy: Policy, some: list[dict], crop: bool | None) -> list[np.ndarray]:
     states = None if some[0]["state"] is None else np.stack([r["state"] for r in some])
     pictures, words = [r["images"] for r in some], [r["instruction"] for r in some]
-    chunks = predict_chunk(policy, pictures, words, states, some[0]["unnorm_key"])
+    chunks = predict_chunk(policy, pictures, words, states, some[0]["unnorm_key"], crop)
     return list(chunks if hasattr(policy.model, "oft") else chunks[:, 0])
 
 
@@ -232,7 +230,7 @@ async def answer_all(waiting: asyncio.Queue, policy: Policy, cfg: Config):
                     waiting.get(), end - loop.time()))  # fmt: skip
             except asyncio.TimeoutError:  # noqa: UP041  in Python 3.10 it is one of its own
                 break
-        answers = await loop.run_in_executor(model, act, policy, [request for request, _ in batch])
+        answers = await loop.run_in_executor(model, act, policy, [r for r, _ in batch], cfg.center_crop)
         for (_, future), answer in zip(batch, answers, strict=True):
             if not future.done():
                 future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
@@ -250,9 +248,6 @@ def make_app(policy: Policy, cfg: Config):
         raise ModuleNotFoundError(f"{error}: pip install -r requirements-serve.txt") from None
 
     config, token = check_folder(policy.checkpoint), token_of(cfg)
-    ready = copy.copy(policy.processor)
-    ready.trained_on = ()  # `check` prepares the pictures, so that only small ones wait
-    ready = replace(policy, processor=ready)
     views = policy.model.oft.num_images if hasattr(policy.model, "oft") else 1
     busy = JSONResponse({"error": f"{cfg.queue} requests are waiting; come again"}, 429, {"Retry-After": "1"})
     waiting: asyncio.Queue = asyncio.Queue(cfg.queue)
@@ -260,7 +255,7 @@ def make_app(policy: Policy, cfg: Config):
 
     @asynccontextmanager
     async def lifespan(app):
-        worker = asyncio.create_task(answer_all(waiting, ready, cfg))
+        worker = asyncio.create_task(answer_all(waiting, policy, cfg))
         yield  # uvicorn comes back when all that it took is answered
         worker.cancel()
 

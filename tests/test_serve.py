@@ -306,14 +306,14 @@ def test_one_bad_request_in_a_batch(monkeypatch):
     """An error in the model is the answer of the one that it is due to."""
     import serve
 
-    def ask(policy, some):
+    def ask(policy, some, crop):
         if any(r["bad"] for r in some):
             raise KeyError("proprio")
         return [np.full(7, r["number"]) for r in some]
 
     monkeypatch.setattr(serve, "ask", ask)
     requests_ = [dict(number=i, bad=i == 2, unnorm_key=key) for i, key in enumerate("aaabb")]
-    answers = serve.act(None, requests_)
+    answers = serve.act(None, requests_, None)
     assert [isinstance(a, KeyError) for a in answers] == [False, False, True, False, False]
     assert [a[0] for i, a in enumerate(answers) if i != 2] == [0, 1, 3, 4]
 
