@@ -115,7 +115,7 @@ def infer(cfg: Config, folder: Path, tmp: Path):
     official = Official(cfg, folder, inputs, device, tmp) if cfg.vs == "official" else None
 
     for x in inputs:
-        x["tokens"] = model.generate(x["ids"], x["pixels"], N)[0]  # (1, N)
+        x["tokens"], x["logits"] = model.generate(x["ids"], x["pixels"], N)  # (1, N), (1, N, V)
         last = still_tokens(stats) if x["before"] is None else inputs[x["before"]]["tokens"]
         x["drafts"] = {"drafted": last, "drafted, all right": x["tokens"]}
         x["drafts"]["drafted, all wrong"] = (x["tokens"] + VOCAB_SIZE // 2) % VOCAB_SIZE
@@ -132,7 +132,17 @@ def infer(cfg: Config, folder: Path, tmp: Path):
 
     for name in names * 2:  # warm-up
         act(name, inputs[0])
-    seconds, passes, same = {name: [] for name in names}, Counter(), Counter()
+    seconds, passes, same, gaps = {name: [] for name in names}, Counter(), Counter(), Counter()
+
+    def compare(name: str, tokens: torch.Tensor, x: dict):
+        """Whether the action is model.generate's; if not, how far apart the logits of the two tokens were."""
+        differs = (tokens != x["tokens"])[0].nonzero().flatten().tolist()
+        same[name] += not differs
+        if differs:
+            j = differs[0]  # what comes after it follows from it
+            mine, other = (x["logits"][0, j, t[0, j]].item() for t in (x["tokens"], tokens))
+            gaps[name] = max(gaps[name], mine - other)
+
     if official:
         official(0)
         seconds["official"] = []
@@ -143,11 +153,11 @@ def infer(cfg: Config, folder: Path, tmp: Path):
             spent, (tokens, n) = timed(act, name, x)
             seconds[name].append(spent)
             passes[name] += n
-            same[name] += bool((tokens == x["tokens"]).all())
+            compare(name, tokens, x)
         if official:
             answer = official(i)
             seconds["official"].append(answer["seconds"])
-            same["official"] += answer["tokens"] == x["tokens"][0].tolist()
+            compare("official", torch.tensor([answer["tokens"]], device=x["tokens"].device), x)
         if k == cfg.actions // 10:
             before = memory_mb()
     growth = memory_mb() - before
@@ -155,6 +165,7 @@ def infer(cfg: Config, folder: Path, tmp: Path):
     for name, s in seconds.items():
         low, middle, high = (1e3 * np.quantile(s, (0.1, 0.5, 0.9))).tolist()
         ways[name] = dict(ms=middle, ms_10=low, ms_90=high, actions_per_s=1e3 / middle, same_action=same[name] / len(s))
+        ways[name]["largest_logit_gap"] = float(gaps[name])
         ways[name]["tokens_per_pass"] = N * len(s) / passes[name] if passes[name] else 1.0
         if official:
             ways[name]["official_over_this"] = 1e3 * float(np.median(seconds["official"])) / middle
