@@ -259,6 +259,8 @@ if __name__ == "__main__":
             fail(f"--{key} {getattr(cfg, key)}: must be one of {', '.join(filter(None, values))}")
     if min(cfg.actions, cfg.inputs, cfg.batch_size, cfg.clients) < 1:
         fail("--actions, --inputs, --batch_size and --clients must be 1 or more")
+    if cfg.vs and not (Path(cfg.official) / "prismatic" / "extern" / "hf").is_dir():
+        fail(f"--official {cfg.official or '(missing)'}: give a checkout of github.com/openvla/openvla")
     try:
         commands[sys.argv[1]](cfg)
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ episodes, where the draft is what it said to the picture before.
 
 import json
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 import sample
 from bench import Config, memory_mb, report
 from engine import Engine
-from tokenizer import VOCAB_SIZE, decode_action, encode_action, normalize, unnormalize
+from metrics import peak_memory_gb
+from tokenizer import NUM_BINS, VOCAB_SIZE, decode_action, encode_action, normalize, unnormalize
 
 N = 7  # tokens of an action
 
@@ -175,7 +175,8 @@ def infer(cfg: Config, folder: Path, tmp: Path):
     rows = dict(checkpoint=cfg.checkpoint or cfg.shape, dtype=cfg.dtype, device=device, actions=cfg.actions)
     rows["parameters_m"] = sum(p.numel() for p in model.parameters()) / 1e6
     rows |= stages(policy, inputs, stats)
-    rows |= dict(memory_growth_mb=growth, peak_mb=peak_mb(device), ways=ways)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else peak_memory_gb()
+    rows |= dict(memory_growth_mb=growth, peak_gb=peak, ways=ways)
     report(rows)
     if cfg.log:
         with open(cfg.log, "a") as f:
@@ -211,10 +212,8 @@ def stages(policy: sample.Policy, inputs: list[dict], stats: dict) -> dict:
         take("to units", lambda tokens: unnormalize(decode_action(tokens.cpu().numpy()), stats), x["tokens"])
     rows = {f"{name}, ms": 1e3 * float(np.median(s)) for name, s in spent.items()}
     weights = *llama.model.layers.parameters(), *llama.model.layers.buffers(), llama.lm_head.weight
-    read, block = (
-        sum(w.nbytes for w in weights),
-        torch.zeros(2**28, dtype=torch.uint8, device=llama.lm_head.weight.device),
-    )
+    read = sum(w.nbytes for w in weights)
+    block = torch.zeros(2**28, dtype=torch.uint8, device=weights[0].device)
     other = torch.zeros_like(block)
     copy = min(timed(other.copy_, block)[0] for _ in range(9))
     rows["decode, GB/s"] = read / rows["one token, ms"] / 1e6
@@ -236,7 +235,9 @@ def drafts(cfg: Config):
         last = still if x["before"] is None else inputs[x["before"]]["tokens"]
         before = None if x["before"] is None else inputs[x["before"]]["before"]
         straight = (
-            last if before is None else (2 * last - inputs[before]["tokens"]).clamp(VOCAB_SIZE - 256, VOCAB_SIZE - 1)
+            last
+            if before is None
+            else (2 * last - inputs[before]["tokens"]).clamp(VOCAB_SIZE - NUM_BINS, VOCAB_SIZE - 1)
         )
         kinds = {"last action": last, "last two, straight on": straight, "no motion": still, "mean action": mean}
         for name, draft in (kinds | {"most frequent of each": usual}).items():
@@ -260,14 +261,6 @@ def agree(cfg: Config):
     rows = dict(checkpoint=cfg.checkpoint, against=cfg.against, dtype=cfg.dtype, actions=len(inputs))
     rows |= dict(same_tokens=float((said[0] == said[1]).mean()), same_actions=float((said[0] == said[1]).all(1).mean()))
     report(rows | dict(l1_normalised=float(np.abs(y[0] - y[1]).mean()), l1_units=[round(u, 6) for u in units.tolist()]))
-
-
-def peak_mb(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def plot(runs: list[dict], path: str):
@@ -294,7 +287,3 @@ def plot(runs: list[dict], path: str):
     figure.legend(unique.values(), unique.keys(), loc="lower center", ncols=len(unique), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=110)
-
-
-if __name__ == "__main__":
-    sys.exit("run it as: python bench.py infer")

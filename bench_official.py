@@ -49,10 +49,12 @@ def main(code: str, checkpoint: str, inputs: str, dtype: str, device: str):
     except (ImportError, RuntimeError):
         sys.modules.pop("torchvision", None)
         sys.meta_path.insert(0, Standin())
-    import timm
+    sys.path.insert(0, str(Path(code, "prismatic", "extern")))  # so that the rest of `prismatic` is not imported
+    from hf import modeling_prismatic
+    from hf.configuration_prismatic import OpenVLAConfig
 
     sizes = json.loads(Path(checkpoint, "config.json").read_text()).get("vision_configs", [])
-    create, made = timm.create_model, []
+    create, made = modeling_prismatic.timm.create_model, []
 
     def create_of_our_size(name, **options):
         if sizes:
@@ -62,14 +64,14 @@ def main(code: str, checkpoint: str, inputs: str, dtype: str, device: str):
             options["mlp_ratio"] = v["mlp_dim"] / v["embed_dim"]
         return create(name, **options)
 
-    timm.create_model = create_of_our_size
-    sys.path.insert(0, str(Path(code, "prismatic", "extern")))  # so that the rest of `prismatic` is not imported
-    from hf.configuration_prismatic import OpenVLAConfig
-    from hf.modeling_prismatic import OpenVLAForActionPrediction
-
+    modeling_prismatic.timm.create_model = create_of_our_size
     config = OpenVLAConfig.from_pretrained(checkpoint)
     options = dict(torch_dtype=getattr(torch, dtype), attn_implementation="sdpa", low_cpu_mem_usage=not sizes)
-    model = OpenVLAForActionPrediction.from_pretrained(checkpoint, config=config, **options).to(device).eval()
+    model = (
+        modeling_prismatic.OpenVLAForActionPrediction.from_pretrained(checkpoint, config=config, **options)
+        .to(device)
+        .eval()
+    )
     stored = np.load(inputs)
     key = next(iter(config.norm_stats))
     written = []

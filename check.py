@@ -13,6 +13,7 @@ Axes: N frames, A action dimensions, n = A tokens, S sequence, H heads.
 """
 
 import copy
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from image import center_crop, decode, to_rgb
 from look import look, spread
 from tokenizer import (
     BLANK,
+    PAD,
     PROMPT,
     PROMPT_VICUNA,
     action_mask,
@@ -117,11 +119,8 @@ def say_in_training(policy, frames: dict, A: int, cfg: Config) -> np.ndarray:
         pictures = [to_picture(p, policy.processor.size) for p in frames["raw"][i : i + cfg.batch_size]]
         if "center_crop" in (policy.processor.trained_on or ()):  # the middle of what random crops show
             pictures = [center_crop(p) for p in pictures]
-        ids = [
-            policy.tokenizer.encode_example(t, np.zeros(A))[0][: -A - 1]
-            for t in frames["texts"][i : i + cfg.batch_size]
-        ]
-        ids, lengths = pad_sequences([torch.from_numpy(x) for x in ids], 0)
+        ids = [prompt_in_training(policy, t, A) for t in frames["texts"][i : i + cfg.batch_size]]
+        ids, lengths = pad_sequences(ids, PAD)
         pixels = policy.processor.normalize(torch.from_numpy(np.stack(pictures)).to(weight.device)).to(weight.dtype)
         out.append(model.generate(ids.to(weight.device), pixels, A, lengths.to(weight.device))[0].cpu())
     return torch.cat(out).numpy()
@@ -298,7 +297,7 @@ def check_attention(policy, dataset, cfg: Config) -> int:
 
         with patch.object(F, "scaled_dot_product_attention", watch):
             llama(x)
-        side = policy.model.cfg.vision[0].img_size // policy.model.cfg.vision[0].patch_size
+        side = math.isqrt(policy.model.vision_backbone.featurizer.pos_embed.shape[1])
         heat = torch.stack(maps).mean(0)[:, 1 : 1 + side**2].view(A, side, side).cpu()
         row[0].imshow(shown)
         row[0].set_title(text[:24], fontsize=6)
@@ -353,11 +352,10 @@ def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]]):
 
 
 def main(command: str, cfg: Config) -> int:
-    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
-        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
     if not cfg.data_root_dir or not cfg.data_mix:
         fail("give --data_root_dir DIR and --data_mix NAME")
     try:
+        dtype = sample.pick_dtype(cfg.dtype)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if cfg.training_config:
             read_config_file(cfg.training_config)
@@ -366,8 +364,7 @@ def main(command: str, cfg: Config) -> int:
         if not cfg.checkpoint:
             fail("give --checkpoint FOLDER")
         dataset = open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split)[0][0]
-        device, dtype = sample.pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-        policy = sample.load(cfg.checkpoint, dtype, device)
+        policy = sample.load(cfg.checkpoint, dtype, sample.pick_device(cfg.device))
         if not hasattr(policy.model, "generate"):
             fail(f"{cfg.checkpoint} is an OFT policy; check.py looks at token models")
         return COMMANDS[command](policy, dataset, cfg)

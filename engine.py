@@ -68,8 +68,8 @@ class Engine:
         Returns tokens (B, n) int64 and the number of passes through the language model. Raises ValueError if the
         context is too short or the draft has another shape.
         """
-        tower, limit = self.model.cfg.vision[0], self.model.cfg.text.max_position_embeddings
-        B, n_patches = len(input_ids), (tower.img_size // tower.patch_size) ** 2
+        B, n_patches = len(input_ids), self.model.vision_backbone.featurizer.pos_embed.shape[1]
+        limit = self.model.cfg.text.max_position_embeddings
         if draft is not None and draft.shape != (B, n):
             raise ValueError(f"the draft is {tuple(draft.shape)}, wanted {(B, n)}: an action's tokens for each row")
         if (total := n_patches + input_ids.shape[1]) + n > limit:

@@ -17,17 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
+from checkpoint import check_folder
 from configurator import configure, fail
 from image import decode
 from metrics import wilson
 from model import write_atomically, write_json
 from oft import predict_chunk
 from rlds_writer import jpeg
-from sample import Policy, dataset_stats, load, pick_device
+from sample import Policy, dataset_stats, load, pick_device, pick_dtype
 
 
 @dataclass
@@ -60,17 +60,26 @@ def done(status, what: str):
         raise ConnectionError(f"{what}: {reason.get(int(status), f'status {status}')}")
 
 
-def connect(cfg: Config):
-    """A WidowX client whose robot is ready. Raises ModuleNotFoundError that says what to install."""
+def client():
+    """The module of the robot's client. Raises ModuleNotFoundError that says what to install."""
     try:
-        from widowx_envs.widowx_env_service import WidowXClient, WidowXConfigs
+        from widowx_envs import widowx_env_service
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{error}: install widowx_envs of github.com/rail-berkeley/bridge_data_robot, and edgeml"
         ) from None
-    settings = {**WidowXConfigs.DefaultEnvParams, "override_workspace_boundaries": BOUNDS, "return_full_image": True}
+    return widowx_env_service
+
+
+def connect(service, cfg: Config):
+    """A WidowX client whose robot is ready."""
+    settings = {
+        **service.WidowXConfigs.DefaultEnvParams,
+        "override_workspace_boundaries": BOUNDS,
+        "return_full_image": True,
+    }
     settings |= dict(camera_topics=[{"name": cfg.camera}], start_state=[*cfg.start, *QUATERNION])
-    robot = WidowXClient(host=cfg.host, port=cfg.port)
+    robot = service.WidowXClient(host=cfg.host, port=cfg.port)
     done(robot.init(settings), f"setting up the robot at {cfg.host}:{cfg.port}")
     return robot
 
@@ -184,23 +193,21 @@ def evaluate(robot, policy: Policy, cfg: Config) -> list[dict]:
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
-    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
-        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
     try:
-        out = Path(cfg.out)
+        dtype, out = pick_dtype(cfg.dtype), Path(cfg.out)
         free = ("episodes", "host", "port", "out", "device")
         protocol = {k: str(v) for k, v in asdict(cfg).items() if k not in free}
         before = json.loads((out / "protocol.json").read_text()) if (out / "protocol.json").is_file() else protocol
         if before != protocol:
             fail(f"{out} holds episodes of another protocol, {before}; choose another --out")
-        device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+        dataset_stats(check_folder(cfg.checkpoint).extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
+        service, device = client(), pick_device(cfg.device)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
-        dataset_stats(policy.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         if (oft := getattr(policy.model, "oft", None)) and (oft.num_images != 1 or oft.proprio_dim not in (0, 7)):
             fail(f"{cfg.checkpoint} looks at {oft.num_images} pictures and {oft.proprio_dim} numbers; here are 1 and 7")
         if not policy.processor.trained_on:  # openvla-7b has no such record; Bridge was resized so, and not cropped
             policy.processor.trained_on = ("lanczos3",)
-        robot = connect(cfg)
+        robot = connect(service, cfg)
         write_json(out / "protocol.json", protocol)
         evaluate(robot, policy, cfg)
     except (ModuleNotFoundError, ValueError, OSError) as error:

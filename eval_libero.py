@@ -263,12 +263,10 @@ def where(job: dict) -> dict:
 
 def load_policy(cfg: Config):
     """Checkpoint -> (act, cameras, facts for the protocol). Raises ValueError or OSError before long work."""
-    import torch
-
     from oft import predict_chunk
-    from sample import load, pick_device
+    from sample import load, pick_device, pick_dtype
 
-    device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    device, dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
     policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
     processor, keys = policy.processor, policy.norm_stats
     if not processor.trained_on:  # a checkpoint of the official code has no such record; this is what it was trained on

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import nf4
 import train
-from configurator import configure, fail
+from configurator import configure
 from lora import PARTS, add_lora, merge, save_adapter
 
 
@@ -116,7 +116,7 @@ def toy_transfer(cfg: Config):
 
 
 def main(cfg: Config):
-    try:
+    with train.ended_well():
         check(cfg)
         if cfg.merge:
             merge(cfg.merge, cfg.out)
@@ -126,11 +126,6 @@ def main(cfg: Config):
             toy_transfer(cfg)
         else:
             train.train(cfg, build, export)
-    except (ValueError, OSError) as error:
-        fail(error)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import finetune_lora
 import oxe
 import train
-from configurator import configure, fail
+from configurator import configure
 from data import open_mixture, scheme_of
 from metrics import count_actions
 from oft import OFT, OFTConfig, predict_chunk, save_components
@@ -145,18 +145,13 @@ def latency(policy, unnorm_key: str, times: int = 50) -> float:
 
 
 def main(cfg: Config):
-    try:
+    with train.ended_well():
         check(cfg)
         read_states_as_oft(cfg.data_mix)
         if cfg.toy_episodes:
             toy_oft(cfg)
         else:
             train.train(cfg, build, export, forward, cfg.views, cfg.action_chunk)
-    except (ValueError, OSError) as error:
-        fail(error)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

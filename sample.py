@@ -160,10 +160,10 @@ def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", c
     return unnormalize(decode_action(tokens), stats)
 
 
-def check_length(config: OpenVLAConfig, prompt_ids: list[int], stats: dict):
-    """Raise ValueError if picture, prompt and action do not fit into the model's context."""
+def check_length(config: OpenVLAConfig, prompt_ids: list[int], new: int, pictures: int = 1):
+    """Raise ValueError if pictures, prompt and `new` tokens of an action do not fit into the model's context."""
     patches = (config.vision[0].img_size // config.vision[0].patch_size) ** 2
-    total, limit = patches + len(prompt_ids) + len(stats["q01"]), config.text.max_position_embeddings
+    total, limit = pictures * patches + len(prompt_ids) + new, config.text.max_position_embeddings
     if total > limit:
         raise ValueError(f"the instruction makes {total} tokens with picture and action, the context has {limit}")
 
@@ -175,23 +175,28 @@ def pick_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def pick_dtype(name: str) -> torch.dtype | None:
+    """The value of --dtype; auto -> None, which is what `load` makes of it. Raises ValueError for others."""
+    if name not in ("auto", "bfloat16", "float32", "float16"):
+        raise ValueError(f"--dtype {name}: must be auto, bfloat16, float32 or float16")
+    return None if name == "auto" else getattr(torch, name)
+
+
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail(NO_CHECKPOINT)
     if not cfg.image or not cfg.instruction or len(cfg.instruction) not in (1, len(cfg.image)):
         fail("give --image and --instruction (in quotes): one instruction for all pictures, or one for each")
-    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
-        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
     start = time.perf_counter()
     try:
-        images = [to_rgb(path) for path in cfg.image]
+        dtype, images = pick_dtype(cfg.dtype), [to_rgb(path) for path in cfg.image]
         texts = list(cfg.instruction) * (len(images) if len(cfg.instruction) == 1 else 1)
         config = check_folder(cfg.checkpoint)
         stats = action_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
         tokenizer = Tokenizer(home_of(cfg.checkpoint, "tokenizer.model"), prompt_for(config.extra))
         for text in texts:
-            check_length(config, tokenizer.encode_prompt(text), stats)
-        device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+            check_length(config, tokenizer.encode_prompt(text), len(stats["q01"]))
+        device = pick_device(cfg.device)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
         loaded = time.perf_counter()
         if is_oft(cfg.checkpoint):

@@ -30,7 +30,6 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ from checkpoint import check_folder
 from configurator import configure, fail
 from image import to_rgb
 from oft import predict_chunk
-from sample import Policy, check_length, dataset_stats, load, pick_device
+from sample import Policy, check_length, dataset_stats, load, pick_device, pick_dtype
 
 
 @dataclass
@@ -165,8 +164,9 @@ def check(payload: dict, policy: Policy, cfg: Config, config) -> dict:
         if len(instruction) > 4 * config.text.max_position_embeddings:
             raise ValueError(f"an instruction of {len(instruction)} letters does not fit into the context")
         prompt = policy.tokenizer.encode_prompt(instruction)
-        check_length(config, prompt, stats["action"])
-        state = check_oft(oft, payload, stats, config, len(prompt)) if oft else None
+        new = oft.action_chunk * oft.action_dim + 1 + bool(oft.proprio_dim) if oft else len(stats["action"]["q01"])
+        check_length(config, prompt, new, len(payload["images"]))
+        state = check_oft(oft, payload, stats) if oft else None
         images = [to_rgb(image) for image in payload["images"]]
         if min(min(image.shape[:2]) for image in images) < 1:
             raise ValueError("an empty picture")
@@ -175,12 +175,8 @@ def check(payload: dict, policy: Policy, cfg: Config, config) -> dict:
     return dict(images=images, instruction=instruction, unnorm_key=key or cfg.unnorm_key, state=state)
 
 
-def check_oft(oft, payload: dict, stats: dict, config, prompt: int) -> np.ndarray | None:
-    """What only an OFT policy wants: the state (P,), statistics of its sizes, room for its placeholders."""
-    patches = (config.vision[0].img_size // config.vision[0].patch_size) ** 2
-    total = oft.num_images * patches + bool(oft.proprio_dim) + prompt + oft.action_chunk * oft.action_dim + 1
-    if total > config.text.max_position_embeddings:
-        raise ValueError(f"the instruction makes {total} tokens, the context has {config.text.max_position_embeddings}")
+def check_oft(oft, payload: dict, stats: dict) -> np.ndarray | None:
+    """What only an OFT policy wants: statistics of its sizes, and the state (P,)."""
     sizes = len(stats["action"]["q01"]), len(stats.get("proprio", {"q01": ()})["q01"]) if oft.proprio_dim else 0
     if sizes != (oft.action_dim, oft.proprio_dim):
         raise ValueError(f"this dataset's actions and states have {sizes} numbers, the policy's {oft}")
@@ -237,15 +233,12 @@ async def answer_all(waiting: asyncio.Queue, policy: Policy, cfg: Config):
 
 
 def make_app(policy: Policy, cfg: Config):
-    """The FastAPI application. Raises ModuleNotFoundError that says what to install."""
-    try:
-        from fastapi import FastAPI, Request
-        from fastapi.responses import JSONResponse
-        from starlette.datastructures import UploadFile
-        from starlette.exceptions import HTTPException
-        from starlette.requests import ClientDisconnect
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}: pip install -r requirements-serve.txt") from None
+    """The FastAPI application."""
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+    from starlette.datastructures import UploadFile
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
     config, token = check_folder(policy.checkpoint), token_of(cfg)
     views = policy.model.oft.num_images if hasattr(policy.model, "oft") else 1
@@ -341,18 +334,18 @@ def token_of(cfg: Config) -> str:
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
-    if cfg.dtype not in ("auto", "bfloat16", "float32", "float16"):
-        fail(f"--dtype {cfg.dtype}: must be auto, bfloat16, float32 or float16")
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not token_of(cfg):
         fail(f"--host {cfg.host} lets other machines command the robot; give a --token, too")
     try:
+        import fastapi  # noqa: F401  what is missing is said before the weights are read
+        import python_multipart  # noqa: F401
         import uvicorn
 
-        device, dtype = pick_device(cfg.device), None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-        policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
+        dtype, config = pick_dtype(cfg.dtype), check_folder(cfg.checkpoint)
         if cfg.unnorm_key:
-            dataset_stats(policy.norm_stats, cfg.unnorm_key, cfg.checkpoint)
-        app = make_app(policy, cfg)
+            dataset_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
+        bar = lambda names: tqdm(names, "loading", unit=" tensors", leave=False)  # noqa: E731
+        app = make_app(load(cfg.checkpoint, dtype, pick_device(cfg.device), bar), cfg)
     except ModuleNotFoundError as error:
         fail(f"{error}; pip install -r requirements-serve.txt")
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -457,9 +458,21 @@ def validate(model, cfg: Config, processor, tokenizer, device: str, forward, vie
     return {f"val/{k}": v for k, v in metrics.items() if k.startswith(("loss", "action", "l1"))}
 
 
+@contextmanager
+def ended_well():
+    """A training script's main stands in it: one clear message for what can be mended, and no process group left."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def main(cfg: Config):
     start = time.perf_counter()
-    try:
+    with ended_well():
         if not cfg.toy_episodes:
             train(cfg)
             return
@@ -475,11 +488,6 @@ def main(cfg: Config):
         result = play.evaluate(sample.load(f"{cfg.run_dir}/checkpoint"), cfg.toy_scenes, Path(cfg.run_dir))
         with open(Path(cfg.run_dir) / "metrics.jsonl", "a") as f:
             f.write(json.dumps({**result, "wall_seconds": time.perf_counter() - start}) + "\n")
-    except (ValueError, OSError) as error:
-        fail(error)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
