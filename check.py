@@ -161,6 +161,16 @@ def check_policy(policy, dataset, cfg: Config) -> int:
         "use Tokenizer.encode_prompt as it is",
     )  # fmt: skip
 
+    trained_on = policy.processor.trained_on  # empty for checkpoints of the official code; then `pictures` has to tell
+    crops = "center_crop" in (trained_on or ()) if cfg.center_crop is None else cfg.center_crop
+    if trained_on:
+        verdict(
+            crops == ("center_crop" in trained_on),
+            "centre crop", f"the robot's side shows {'the middle' if crops else 'the whole'} of each picture; "
+            f"trained on {', '.join(trained_on)}",
+            "everything is larger or smaller, and elsewhere, than it was in training; some tasks forgive that, most do not",
+            "leave --center_crop to the checkpoint's record",
+        )  # fmt: skip
     tokens = say(policy, frames["images"], frames["texts"], A, cfg, cfg.center_crop, "inference")
     said, twin = decode_action(tokens), say_in_training(policy, frames, A, cfg)
     same = float((tokens == twin).mean())
@@ -186,7 +196,6 @@ def check_policy(policy, dataset, cfg: Config) -> int:
     few = spread(len(true), cfg.what_if)
     base = float(np.abs(said[few] - y[few]).mean())
     images, texts = [frames["images"][i] for i in few], [frames["texts"][i] for i in few]
-    crops = "center_crop" in (policy.processor.trained_on or ()) if cfg.center_crop is None else cfg.center_crop
     ways = {  # what it would be, the pictures, the crop
         "upside down": ([i[::-1] for i in images], crops),
         "turned by 180 degrees": ([i[::-1, ::-1] for i in images], crops),

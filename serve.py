@@ -226,7 +226,8 @@ async def answer_all(waiting: asyncio.Queue, policy: Policy, cfg: Config):
                     waiting.get(), end - loop.time()))  # fmt: skip
             except asyncio.TimeoutError:  # noqa: UP041  in Python 3.10 it is one of its own
                 break
-        answers = await loop.run_in_executor(model, act, policy, [r for r, _ in batch], cfg.center_crop)
+        batch = [(wanted, future) for wanted, future in batch if not future.done()]  # it is, of clients that hung up
+        answers = await loop.run_in_executor(model, act, policy, [wanted for wanted, _ in batch], cfg.center_crop)
         for (_, future), answer in zip(batch, answers, strict=True):
             if not future.done():
                 future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
@@ -303,10 +304,16 @@ def make_app(policy: Policy, cfg: Config):
             return busy
         taken.add(future)
         future.add_done_callback(taken.discard)
+        hung_up = asyncio.create_task(request.receive())  # nothing else can come any more
+        hung_up.add_done_callback(lambda _: future.cancel())
         try:
             action = await future
+        except asyncio.CancelledError:
+            raise ClientDisconnect from None
         except Exception as error:
             return JSONResponse({"error": f"the model failed: {error}"}, 500)
+        finally:
+            hung_up.cancel()
         if kind == "form":
             return JSONResponse({"action": action.tolist(), "unnorm_key": wanted["unnorm_key"]})
         return JSONResponse(json.dumps(encode_array(action)) if kind == "twice" else encode_array(action))

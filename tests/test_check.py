@@ -142,7 +142,8 @@ def test_crop_forgotten(policy, capsys, tmp_path):
     capsys.readouterr()
     assert check.check_policy(policy, dataset, check.Config(out=str(tmp_path), center_crop=False)) > 0
     text = capsys.readouterr().out
-    assert "FAIL paths" in text and re.search("FAIL pictures: .* with the centre crop", text), text
+    assert "FAIL centre crop: the robot's side shows the whole" in text and "FAIL paths" in text, text
+    assert re.search("FAIL pictures: .* with the centre crop", text), text
 
 
 def test_statistics(policy, capsys, tmp_path):

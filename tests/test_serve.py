@@ -124,15 +124,15 @@ def test_form(server, folder):
 
 @pytest.mark.filterwarnings("ignore:not an action")
 def test_many_clients(server, folder):
-    """Sixteen at a time, pictures and words of mixed lengths: each gets its own answer."""
-    n = 16
+    """Sixteen at a time, pictures, words of mixed lengths and datasets: each gets its own answer."""
+    n, keys = 16, ("bridge_orig", "toy")
     pictures, words = [picture(i) for i in range(n)], [WORDS[i % 4] for i in range(n)]
-    want = wanted(folder, pictures, words)
+    want = {key: wanted(folder, pictures, words, key) for key in keys}
 
     def ask(k: int):
-        i = k % n
-        response = post(server, {"image": pictures[i], "instruction": words[i]})
-        return response.status_code, np.abs(json_numpy.loads(response.text) - want[i]).max()
+        i, key = k % n, keys[k % 3 % 2]
+        response = post(server, {"image": pictures[i], "instruction": words[i], "unnorm_key": key})
+        return response.status_code, np.abs(json_numpy.loads(response.text) - want[key][i]).max()
 
     with ThreadPoolExecutor(n) as pool:
         answers = list(pool.map(ask, range(6 * n)))
@@ -347,6 +347,44 @@ def test_oft(folders, tmp_path):
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_clients_that_have_gone(folder, monkeypatch):
+    """Who hangs up while others are answered is not computed for; the next one is."""
+    import uvicorn
+
+    import serve
+
+    answered = []
+
+    def act(policy, some, crop):
+        answered.extend(r["instruction"] for r in some)
+        time.sleep(0.5)
+        return [np.zeros(7)] * len(some)
+
+    monkeypatch.setattr(serve, "act", act)
+    app = serve.make_app(sample.load(folder, torch.float32), serve.Config(unnorm_key="toy", max_batch=1))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs=dict(sockets=[s]))
+        thread.start()
+        port = s.getsockname()[1]
+        while not server.started:
+            time.sleep(0.01)
+        with ThreadPoolExecutor(2) as pool:
+            ask = lambda word: post(f"http://127.0.0.1:{port}", {**GOOD, "instruction": word}).status_code  # noqa: E731
+            first = pool.submit(ask, "first")
+            while not answered:
+                time.sleep(0.01)
+            body = json.dumps({**GOOD, "instruction": "gone"}).encode()
+            with socket.create_connection(("127.0.0.1", port)) as gone:
+                gone.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                time.sleep(0.1)
+            assert [first.result(), ask("second")] == [200, 200]
+        server.should_exit = True
+        thread.join(20)
+    assert answered == ["first", "second"]
 
 
 def test_full_queue(folder):

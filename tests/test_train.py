@@ -228,15 +228,15 @@ def test_two_processes_equal_one(config, tmp_path):
 
 
 def test_sigterm_saves_and_says_how_to_resume(config, tmp_path):
-    train_here(config("whole", "--max_steps", "400", "--log_every", "50"))
-    process = run(config("stopped", "--max_steps", "400", "--log_every", "50"))
+    train_here(config("whole", "--max_steps", "200", "--log_every", "20"))
+    process = run(config("stopped", "--max_steps", "200", "--log_every", "20"))
     while process.poll() is None and not (tmp_path / "stopped" / "metrics.jsonl").is_file():
         time.sleep(0.01)
-    time.sleep(1)
+    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "resume with: python" in out and "--run_dir" in out
-    train_here(config("stopped", "--max_steps", "400", "--log_every", "50"))
+    train_here(config("stopped", "--max_steps", "200", "--log_every", "20"))
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
