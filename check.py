@@ -168,7 +168,7 @@ def check_policy(policy, dataset, cfg: Config) -> int:
             crops == ("center_crop" in trained_on),
             "centre crop", f"the robot's side shows {'the middle' if crops else 'the whole'} of each picture; "
             f"trained on {', '.join(trained_on)}",
-            "everything is larger or smaller, and elsewhere, than it was in training; some tasks forgive that, most do not",
+            "all is larger or smaller, and elsewhere, than it was in training; some tasks forgive that, most do not",
             "leave --center_crop to the checkpoint's record",
         )  # fmt: skip
     tokens = say(policy, frames["images"], frames["texts"], A, cfg, cfg.center_crop, "inference")

@@ -1,13 +1,21 @@
 """House rules that a machine can check: imports, sizes, configs."""
 
 import ast
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
 
+import numpy as np
 import pytest
 from common import ROOT
 
+import oxe
+import sample
+import toy
+import train
 from configurator import configure
+from tokenizer import make_standin
 
 FILES = {p.stem: p for p in ROOT.glob("*.py")}
 CAPS = {"model": 450, "tokenizer": 220, "data": 450, "oxe": 900, "configurator": 120}
@@ -51,10 +59,53 @@ def test_nothing_heavy_is_imported(names):
 def test_configs_fit_their_script(path, monkeypatch):
     import finetune_lora
     import finetune_oft
-    import oxe
-    import train
 
     monkeypatch.setattr(oxe, "DATASETS", dict(oxe.DATASETS))  # a config may add a row
     text = ast.get_docstring(ast.parse(path.read_text()))
     script = next(s for s in (finetune_oft, finetune_lora, train) if f"{s.__name__}.py" in text)
     configure(script.Config, ["--config", str(path)])
+
+
+def lines_of_what_runs(call) -> dict[str, int]:
+    """File -> lines, without empty ones, of its functions that run during a call."""
+    ran = defaultdict(set)
+
+    def watch(frame, event, _):
+        if event == "call":
+            ran[frame.f_code.co_filename].add(frame.f_code.co_firstlineno)
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    out = {}
+    for path in FILES.values():
+        text, lines = path.read_text(), set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                if first in ran[str(path)]:
+                    lines |= {i for i in range(first, node.end_lineno + 1) if text.splitlines()[i - 1].strip()}
+        if lines:
+            out[path.name] = len(lines)
+    return out
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_a_newcomer_has_little_to_follow(folders, tmp_path, monkeypatch):
+    """What the README says of the way from a picture to an action, and from an episode to a loss."""
+    monkeypatch.setattr(oxe, "DATASETS", dict(oxe.DATASETS))
+    folder = shutil.copytree(folders["tiny-openvla"], tmp_path / "m")
+    make_standin(folder / "tokenizer.model")
+    picture = np.zeros((64, 64, 3), np.uint8)
+    act = lines_of_what_runs(lambda: sample.predict_action(sample.load(folder), [picture], ["go"], "toy"))
+    assert set(act) == {"sample.py", "image.py", "tokenizer.py", "model.py", "checkpoint.py"}
+    assert sum(act.values()) < 700
+
+    toy.write_rlds(tmp_path / "data", dict(train=toy.demonstrations(toy.TRAIN, 3)))
+    argv = "--config toy.py --batch_size 2 --micro_batch_size 2 --num_workers 0 --max_steps 1".split()
+    argv += ["--data_root_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
+    learn = lines_of_what_runs(lambda: train.train(configure(train.Config, argv)))
+    path = {"configurator.py", "rlds.py", "oxe.py", "data.py", "image.py", "tokenizer.py", "model.py", "train.py"}
+    assert set(learn) == path | {"metrics.py"} and sum(learn.values()) < 1400

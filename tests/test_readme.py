@@ -28,7 +28,7 @@ from rlds_writer import write_rlds
 
 TEXT = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci" / "run").read_text()
-TOOLS = ("python", "python3", "pip", "torchrun", "curl", "git", "apt-get", "hf")
+TOOLS = ("python", "python3", "pip", "torchrun", "curl", "git", "apt-get", "hf", "docker")
 
 TRAIN = "--batch_size 2 --micro_batch_size 2 --num_workers 0 --max_steps 2"
 TOY = f"{TRAIN} --toy_episodes 6 --toy_scenes 2"
@@ -72,6 +72,8 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "pip install -r requirements-serve.txt": CI,
     "git clone*": "gets the released weights",
     "apt-get install*": "wants to be root",
+    "docker compose*": "runs beside the robot",
+    "pip install -e bridge_data_robot/widowx_envs*": "is the robot's client",
     "hf download*": "gets the simulator's assets",
     "pip install pyarrow av": "what it is for is tested in tests/test_lerobot.py",
     "python bench.py infer --shape 7b --vs official*": "wants the official code in an environment of its own",
