@@ -325,14 +325,31 @@ def check_attention(policy, dataset, cfg: Config) -> int:
     return 0
 
 
+CAUSES = {  # of look.py's warnings -> why it matters, what to do
+    "frames": ("there is nothing to learn from", "choose another --split"),
+    "spread": ("divided by q99 - q01, noise becomes the whole range; a dimension that never moves cannot be learned",
+               "if the robot cannot move so, all is well; else find out why it was not recorded"),
+    "gripper": ("a policy takes 1 for open and 0 for closed, and does not normalise it",
+                "turn and scale it in the dataset's standardise function (oxe.py); fine if this robot starts so"),
+    "idle": ("a policy that stood still once sees the same picture again, and stands still for ever",
+             "leave steps out in which nothing moves, as LIBERO's no_noops sets do"),
+    "episodes": ("they are probably broken off, and may end in the middle of a movement", "leave them out"),
+    "control rate": ("a policy can copy what it did last, and each step is too small to tell from noise; "
+                     "most of what openvla-7b learned from has 3 to 20 actions a second",
+                     "take every n-th frame and add the movements up, or train chunks (finetune_oft.py)"),
+    "words": ("what they show is learned as the answer to no words at all", "label them, or leave them out"),
+    "records": ("they are skipped", "copy the files again: their checksums or their content are wrong"),
+    "pictures": ("training stops there", "copy the files again, or leave these frames out"),
+}  # fmt: skip
+
+
 def check_data(cfg: Config) -> int:
-    """data.py's table and pictures; each of its warnings is a FAIL."""
-    failed = 0
+    """data.py's table and pictures, and a verdict on each cause of its warnings."""
+    verdict = Verdicts()
     for dataset, weight in open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split):
-        lines = look(dataset, weight, cfg.out)
-        failed += len(lines)
-        print("\n".join(f"FAIL data: {dataset.name}: {line}" for line in lines) or f"ok   data: {dataset.name}")
-    return failed
+        for cause, wrong, line in look(dataset, weight, cfg.out):
+            verdict(not wrong, f"{dataset.name}, {cause}", line, *CAUSES[cause])
+    return verdict.failed
 
 
 def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]]):

@@ -20,15 +20,15 @@ from image import decode, to_rgb
 from tokenizer import action_mask
 
 
-def look(dataset, weight: float, out: str | Path) -> list[str]:
+def look(dataset, weight: float, out: str | Path) -> list[tuple[str, bool, str]]:
     """
     Print the table and write the two pictures into the folder `out`, for any dataset as data.py describes them; returns
-    the warnings.
+    (cause, whether it is probably wrong, what was found) of all that is a warning in the table or might be.
     Numbers of actions are those of dataset.statistics, which training uses; everything else is of this split.
     """
     if not len(dataset):
         print(f"{dataset.name}: no frames in this split\n")
-        return ["no frames in this split"]
+        return [("frames", True, "no frames in this split")]
     if hasattr(dataset, "open"):  # rlds.py, lerobot.py: all numbers at once
         tables = dataset.open()
         actions, episodes = tables["action"][tables["usable"]], tables["frames"][tables["usable"], 0]  # (N, A), (N,)
@@ -63,10 +63,11 @@ def look(dataset, weight: float, out: str | Path) -> list[str]:
         for n, low in zip(*np.histogram(x, 10, (min(0, x.min()), max(1, x.max()))), strict=False):
             print(f"  gripper from {low:5.2f} {n / len(x):6.1%} {'#' * round(40 * n / len(x))}".rstrip())
     print(f"  idle          {(idle := still.all(axis=1).mean()):.1%} of the steps move nothing")
-    lines = warnings(dataset, idle, lengths, silent) + broken
-    print("\n".join(f"  warning       {line}" for line in lines) or "  no warning")
+    found = findings(dataset, actions, episodes, idle, lengths, silent)
+    found += [("pictures", True, line) for line in broken] or [("pictures", False, "those that were drawn can be read")]
+    print("\n".join(f"  warning       {line}" for _, wrong, line in found if wrong) or "  no warning")
     print(f"  pictures      {path}-frames.png, {path}-actions.png\n")
-    return lines
+    return found
 
 
 def spread(n: int, most: int) -> list[int]:
@@ -89,25 +90,48 @@ def still_steps(actions: np.ndarray, episodes: np.ndarray | None, absolute_mask)
     return still[counts] if counts.any() else np.zeros((1, len(span)), bool)
 
 
-def warnings(dataset, idle: float, lengths: np.ndarray, silent: float) -> list[str]:
-    """A line for each thing that is probably wrong. silent: share of frames without an instruction."""
+def copying(actions: np.ndarray, episodes: np.ndarray | None, stats: dict) -> float:
+    """How far off repeating the last action is, as a share of how far off the mean action is; NaN if nothing tells."""
+    low, high, mean = (np.asarray(stats[k], np.float64) for k in ("q01", "q99", "mean"))
+    moving = action_mask(stats) & (high - low >= 1e-4)
+    if episodes is None or not moving.any() or (episodes[1:] != episodes[:-1]).all():
+        return float("nan")
+    x = ((actions - mean) / np.maximum(high - low, 1e-4))[:, moving]
+    return float(np.abs(np.diff(x, axis=0))[episodes[1:] == episodes[:-1]].mean() / np.abs(x).mean())
+
+
+def findings(dataset, actions, episodes, idle: float, lengths: np.ndarray, silent: float) -> list[tuple]:
+    """(cause, whether it is probably wrong, what was found). silent: share of frames without an instruction."""
     from data import warn_constant  # data.py imports this file
 
     stats, bad = dataset.statistics["action"], getattr(dataset, "meta", {}).get("bad_records", [])
+    masked, (low, high) = action_mask(stats), (np.asarray(stats[k]) for k in ("min", "max"))
     lines = [line.removeprefix(f"{dataset.name}: ") for line in warn_constant(dataset.name, stats)]
-    for i, (low, high) in enumerate(zip(stats["min"], stats["max"], strict=True)):
-        gripper = i == len(stats["min"]) - 1 and not action_mask(stats)[-1]
-        if gripper and (low < -0.01 or high > 1.01):
-            lines.append(f"the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)")
-        if low == high:
-            lines.append(f"{'the gripper' if gripper else f'action dimension {i}'} never moves, it is always {low:.3g}")
-    checks = [
-        (idle > 0.3, f"{idle:.0%} of the steps are idle: a policy may learn to stand still; leave them out"),
-        (short := (lengths < 5).sum(), f"{short} of {len(lengths)} episodes are shorter than 5 frames"),
-        (silent, f"{silent:.1%} of the frames have no instruction"),
-        (bad, f"{len(bad)} bad records are left out: {'; '.join(bad[:3])}"),
-    ]
-    return lines + [line for wrong, line in checks if wrong]
+    last = len(low) - 1 if not masked[-1] else len(low)  # the gripper's number, if there is one
+    for i in np.flatnonzero(low == high)[np.flatnonzero(low == high) < last]:
+        lines.append(f"action dimension {i} never moves, it is always {low[i]:.3g}")
+    out = [("spread", True, line) for line in lines] or [("spread", False, "every dimension moves")]
+    if last < len(low):
+        out.append(("gripper", *gripper(low[-1], high[-1], actions[:, -1], episodes)))
+    rate, short = copying(actions, episodes, stats), (lengths < 5).sum()
+    return out + [
+        ("idle", idle > 0.3, f"{idle:.0%} of the steps are idle (nothing moves)"),
+        ("episodes", short > 0, f"{short} of {len(lengths)} episodes are shorter than 5 frames"),
+        ("control rate", rate < 0.1, f"repeating the last action is {rate:.0%} as far off as the mean action"),
+        ("words", silent > 0, f"{silent:.1%} of the frames have no instruction"),
+        ("records", len(bad) > 0, f"{len(bad)} bad records are left out: {'; '.join(bad[:3])}".rstrip(": ")),
+    ]  # fmt: skip
+
+
+def gripper(low: float, high: float, said: np.ndarray, episodes: np.ndarray | None) -> tuple[bool, str]:
+    """The finding about it: 0 is closed, 1 open, and most robots begin open."""
+    if low == high:
+        return True, f"the gripper never moves, it is always {low:.3g}"
+    if low < -0.01 or high > 1.01:
+        return True, f"the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)"
+    first = said > 0.5 if episodes is None else said[np.append(True, episodes[1:] != episodes[:-1])] > 0.5
+    where = "of the frames" if episodes is None else "of the episodes at their start"
+    return episodes is not None and first.mean() < 0.5, f"the gripper is open (1) in {first.mean():.0%} {where}"
 
 
 def draw_frames(path: str, dataset, episodes: np.ndarray | None) -> tuple[dict[str, set], list[str]]:

@@ -211,7 +211,7 @@ def test_command_line(folders, tmp_path, monkeypatch):
     assert done.returncode == 1 and "FAIL statistics" in done.stdout and "what to do" in done.stdout, done.stderr
     assert call("attention", "--checkpoint", folder, *common).returncode == 0
     done = call("data", *common)  # nothing turns in this world, which is worth a word
-    assert done.returncode == 1 and "FAIL data: toy: action dimension 3 never moves" in done.stdout, done.stderr
+    assert done.returncode == 1 and "FAIL toy, spread: action dimension 3 never moves" in done.stdout, done.stderr
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"policy.png", "attention.png", "toy-frames.png", "toy-actions.png"} <= names
     for argv, reason in ((["policy"], "--data_root_dir"), (["policy", *common], "--checkpoint"), (["fly"], "usage")):

@@ -21,7 +21,7 @@ def make_samples(n=N, **changes) -> list[dict]:
     """Red pictures 40 x 30, actions (7,) that move all the time, a gripper that opens and closes, three texts."""
     rng = np.random.default_rng(0)
     actions = rng.normal(size=(n, 7)).astype(np.float32)
-    actions[:, 6] = np.arange(n) // 10 % 2
+    actions[:, 6] = 1 - np.arange(n) // 10 % 2
     for column, values in changes.get("columns", {}).items():
         actions[:, column] = values
     actions[: changes.get("idle", 0), :6] = 0
@@ -119,7 +119,7 @@ def test_spread():
         (dict(columns={2: np.linspace(0, 1e-5, N)}), "action dimension 2 hardly moves (q99 - q01 = 9.8e-06)"),
         (dict(columns={6: np.tile([-1, 1], N // 2)}), "the gripper is -1 ... 1, but should be 0 (closed) ... 1 (open)"),
         (dict(columns={6: 1}), "the gripper never moves, it is always 1"),
-        (dict(idle=120), "60% of the steps are idle: a policy may learn to stand still; leave them out"),
+        (dict(idle=120), "60% of the steps are idle (nothing moves)"),
         (dict(texts=["push", "", "pull", "  "]), "50.0% of the frames have no instruction"),
     ],
 )
@@ -134,6 +134,18 @@ def test_episodes_and_bad_records(tmp_path, capsys, no_histograms):
     assert "episodes      4, 3 to 97 frames long, mean 50.0" in text
     bad = "1 bad records are left out: file 3: cut off"
     assert verdicts(text) == ["2 of 4 episodes are shorter than 5 frames", bad]
+
+
+def test_a_high_control_rate_and_a_turned_gripper(tmp_path, capsys, no_histograms):
+    samples, bad = make_samples(), "1 bad records are left out: file 3: cut off"
+    assert verdicts(report(Episodes([50] * 4, samples), tmp_path, capsys)) == [bad]
+    for i, sample in enumerate(samples):
+        sample["action"] = np.append(np.sin(np.arange(6) + i / 60), i % 50 > 30).astype(np.float32)
+    assert verdicts(report(Episodes([50] * 4, samples), tmp_path, capsys)) == [
+        "the gripper is open (1) in 0% of the episodes at their start",
+        "repeating the last action is 2% as far off as the mean action",
+        bad,
+    ]
 
 
 def test_a_broken_picture_is_named_and_grey(tmp_path, capsys, no_histograms):
