@@ -89,7 +89,8 @@ class Samples(Dataset):
 
 
 def open_mixture(
-    data_root_dir, data_mix, split="train", views=("primary",), action_chunk=1, skip_bad_records=False, progress=NO_BAR
+    data_root_dir, data_mix, split="train", views=("primary",), action_chunk=1, hold_out=0.05, skip_bad_records=False,
+    progress=NO_BAR,
 ) -> list[tuple[Dataset, float]]:
     """
     [(dataset, weight)] for a mixture or a dataset of oxe.py, or for a list of (what, weight) where `what` is a name, an
@@ -99,9 +100,24 @@ def open_mixture(
         parts = oxe.mixture(data_mix) if isinstance(data_mix, str) else list(data_mix)
     except KeyError as error:
         raise ValueError(error.args[0]) from None
-    options = dict(split=split, views=views, action_chunk=action_chunk)
+    options = dict(split=split, views=views, action_chunk=action_chunk, hold_out=hold_out)
     options |= dict(skip_bad_records=skip_bad_records, progress=progress)
+    for what, _ in parts:
+        if not isinstance(what, str):
+            check_object(what, split, len(views), action_chunk)
     return [(RLDS(data_root_dir, what, **options) if isinstance(what, str) else what, weight) for what, weight in parts]
+
+
+def check_object(dataset, split: str, views: int, action_chunk: int):
+    """Raise ValueError if a dataset object, which is what it was made as, is not what training wants."""
+    chunk, pictures = getattr(dataset, "action_chunk", 1), len(dataset[0]["pictures"])
+    if chunk != action_chunk:
+        raise ValueError(f"{dataset.name} gives {chunk} actions at a time, training wants {action_chunk}: LeRobot(..., "
+                         f"action_chunk={action_chunk}), or write it as RLDS (rlds_writer.py)")  # fmt: skip
+    if pictures != views:
+        raise ValueError(f"{dataset.name} gives {pictures} pictures at a time, training wants {views}; set `views`")
+    if split == "val":
+        raise ValueError(f"{dataset.name} is an object without a validation split; --val_every 0")
 
 
 def warn_constant(name: str, stats: dict) -> list[str]:

@@ -36,11 +36,11 @@ class Config(finetune_lora.Config):
     use_proprio: bool = True  # the robot's state as one more token
     head: str = "l1"  # l1, diffusion, discrete
     film: bool = False  # the instruction modulates the ViTs
-    # defaults other than finetune_lora.py's, as in the official recipe
+    # defaults other than finetune_lora.py's, as in the official recipe (whose weight decay is on norms and biases, too)
+    hold_out: float = 0.0
     batch_size: int = 64
     micro_batch_size: int = 8
     max_steps: int = 150_000
-    weight_decay: float = 0.0
     schedule: str = "step"
     decay_step: int = 100_000
     save_every: int = 10_000
@@ -48,16 +48,25 @@ class Config(finetune_lora.Config):
 
 def build(cfg: Config):
     """The base checkpoint with adapters, held by an OFT whose new parts train whole, in float32."""
-    ((dataset, _),) = open_mixture(cfg.data_root_dir, cfg.data_mix, views=cfg.views, action_chunk=cfg.action_chunk)
+    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "train", cfg.views, cfg.action_chunk)
+    (oft, name), *others = [(oft_config(cfg, dataset), dataset.name) for dataset, _ in parts]
+    for other, its in others:
+        if other != oft:
+            raise ValueError(f"one model cannot learn both: {name} needs {oft}, {its} needs {other}")
     model, tokenizer, processor = finetune_lora.build(cfg)
-    stats, sizes = dataset.statistics, {}
-    sizes["action_dim"] = len(stats["action"]["q01"])
-    sizes["proprio_dim"] = len(stats["proprio"]["q01"]) if cfg.use_proprio else 0
-    sizes |= dict(num_images=len(cfg.views), scheme=scheme_of(dataset))
-    oft = OFTConfig(cfg.action_chunk, **sizes, head=cfg.head, film=cfg.film)
     if cfg.head != "discrete":
         model.language_model.lm_head.requires_grad_(False)  # nothing reads it: no gradient, no optimizer state
     return OFT(model, oft), tokenizer, processor
+
+
+def oft_config(cfg: Config, dataset) -> OFTConfig:
+    """What a model of this dataset's sizes is made of."""
+    stats = dataset.statistics
+    if cfg.use_proprio and not stats.get("proprio", {}).get("q01"):
+        raise ValueError(f"{dataset.name} has no states of the robot; give --use_proprio False")
+    state = len(stats["proprio"]["q01"]) if cfg.use_proprio else 0
+    sizes = dict(action_dim=len(stats["action"]["q01"]), proprio_dim=state, num_images=len(cfg.views))
+    return OFTConfig(cfg.action_chunk, **sizes, scheme=scheme_of(dataset), head=cfg.head, film=cfg.film)
 
 
 def forward(model: OFT, batch: dict, processor, device: str, num_datasets: int):

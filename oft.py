@@ -205,12 +205,12 @@ class OFT(nn.Module):
         return text, slots, torch.cat(seen, dim=1)
 
     def hidden_states(self, ids: Tensor, lengths: Tensor, text: Tensor, seen: Tensor) -> Tensor:
-        """Hidden states that predict the placeholders, (B, n, D): from the one before the first."""
+        """Hidden states that predict the placeholders and </s>, (B, n + 1, D): from the one before the first."""
         x = torch.cat([text[:, :1], seen, text[:, 1:]], dim=1)  # (B, S, D)
         real = torch.cat([ids.new_ones(seen.shape[:2]), ids != PAD], dim=1).bool()  # (B, S); pads are at the end
         hidden = self.vla.language_model(x, real[:, None, None])  # every real place sees every real place
         first = seen.shape[1] + lengths - 1
-        where = first[:, None] + torch.arange(self.num_placeholders, device=ids.device)  # (B, n)
+        where = first[:, None] + torch.arange(self.num_placeholders + 1, device=ids.device)  # (B, n + 1)
         return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def predict_noise(self, ids, lengths, text, slots, seen, noisy: Tensor, t: Tensor) -> Tensor:
@@ -219,26 +219,29 @@ class OFT(nn.Module):
         time = time_embedding(t, text.shape[-1]).to(text.dtype)[:, None]
         text = text.masked_scatter(slots[..., None], tokens)
         hidden = self.hidden_states(ids, lengths, text, torch.cat([seen, time], dim=1))
-        return through(self.action_head.noise_predictor.mlp_resnet, self.side_by_side(hidden))
+        return through(self.action_head.noise_predictor.mlp_resnet, self.side_by_side(hidden[:, :-1]))
 
     def side_by_side(self, hidden: Tensor) -> Tensor:
         return hidden.reshape(len(hidden), self.oft.action_chunk, -1)  # (B, n, D) -> (B, K, A * D)
 
     def act(self, ids: Tensor, lengths: Tensor, pixel_values: Tensor, proprio: Tensor | None = None, noise=None):
         """
-        Normalised actions (B, K, A), in float32; of the discrete head, logits (B, n, V). ids and lengths as from
-        `lay_out`, proprio (B, P) normalised. noise (B, K, A): what diffusion starts from; None: drawn.
+        Normalised actions (B, K, A), in float32; of the discrete head, logits (B, n + 1, V), the last ones of </s>. ids
+        and lengths as from `lay_out`, proprio (B, P) normalised. noise (B, K, A): what diffusion starts from; None:
+        always the same, so that a policy's answer depends on what it sees alone.
         """
         text, slots, seen = self.features(ids, lengths, pixel_values, proprio)
         if self.oft.head != "diffusion":
             hidden = self.hidden_states(ids, lengths, text, seen)
             if self.oft.head == "discrete":
                 return self.vla.language_model.lm_head(hidden)
-            return through(self.action_head.model, self.side_by_side(hidden)).float()
+            return through(self.action_head.model, self.side_by_side(hidden[:, :-1])).float()
         steps = self.oft.diffusion_steps
         alphas = alphas_cumprod(steps, ids.device)
-        shape = len(ids), self.oft.action_chunk, self.oft.action_dim
-        x = torch.randn(shape, device=ids.device) if noise is None else noise
+        if noise is None:
+            shape, always = (1, self.oft.action_chunk, self.oft.action_dim), torch.Generator().manual_seed(0)
+            noise = torch.randn(shape, generator=always).to(ids.device).expand(len(ids), -1, -1)
+        x = noise
         for t in reversed(range(steps)):
             at = torch.full((len(ids),), t, device=ids.device)
             x = denoise(x, self.predict_noise(ids, lengths, text, slots, seen, x, at).float(), t, 1, alphas)
@@ -250,8 +253,8 @@ class OFT(nn.Module):
         ids, lengths = (x.to(pixel_values.device) for x in self.lay_out(prompts))
         out = self.act(ids, lengths, pixel_values, proprio, noise)
         if self.oft.head == "discrete":
-            out = decode_action(out.argmax(-1)).view(len(ids), self.oft.action_chunk, -1)
-        return out.double().cpu()
+            out = decode_action(out[:, :-1].argmax(-1)).view(len(ids), self.oft.action_chunk, -1)
+        return out.cpu().double()
 
     def forward(self, ids: Tensor, labels: Tensor, pixel_values: Tensor, proprio: Tensor | None, actions: Tensor):
         """
@@ -268,8 +271,8 @@ class OFT(nn.Module):
             return F.mse_loss(predicted.float(), noise), None
         out = self.act(ids, lengths, pixel_values, proprio)
         if self.oft.head == "discrete":
-            answers = labels[(labels >= 0) & (labels != EOS)].view(len(ids), -1)
-            predicted = decode_action(out.detach().argmax(-1)).view_as(actions)
+            answers = labels[labels >= 0].view(len(ids), -1)  # (B, n + 1)
+            predicted = decode_action(out[:, :-1].detach().argmax(-1)).view_as(actions)
             return F.cross_entropy(out.float().flatten(0, 1), answers.flatten()), predicted
         return F.l1_loss(out, actions), out.detach()
 

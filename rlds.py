@@ -279,13 +279,14 @@ class RLDS:
     One split of one dataset: len() usable frames, [i] -> dict of `pictures` (encoded bytes, one per view), `actions`
     (up to K, A) float32 in robot units from this step on, `instruction` str, `proprio` (P,) float32.
 
-    split: "train" or "val"; where the data has no val split, the last 5 % of the episodes are it. Not usable: episodes
-    without any instruction, frames that the row's `keep_frames` drops, and the last K - 1 frames of an episode (OFT).
+    split: "train" or "val"; where the data has no val split, the last `hold_out` of the episodes are it. Not usable:
+    episodes without any instruction, frames that the row's `keep_frames` drops, and the last K - 1 frames of an episode
+    (OFT).
     Raises FileNotFoundError or ValueError with the names that would do.
     """
 
     def __init__(self, data_root_dir, name: str, split="train", row: oxe.Dataset | None = None, views=("primary",),
-                 action_chunk: int = 1, skip_bad_records: bool = False, progress=NO_BAR):  # fmt: skip
+                 action_chunk: int = 1, skip_bad_records=False, progress=NO_BAR, hold_out=0.05):  # fmt: skip
         self.name, self.row, self.views, self.action_chunk = name, row or oxe.lookup(name), tuple(views), action_chunk
         self.folder = find_dataset(Path(data_root_dir).expanduser(), name)
         if missing := [view for view in views if not self.row.images.get(view)]:
@@ -299,7 +300,7 @@ class RLDS:
         splits = self.meta["splits"]
         self.split = split if splits.get(split, {}).get("frames") else "train"
         n = splits[self.split]["episodes"]
-        cut = n if splits.get("val", {}).get("frames") else round(0.95 * n)
+        cut = n if splits.get("val", {}).get("frames") else round((1 - hold_out) * n)
         self.episode_range = (0, cut) if split == "train" else (0 if self.split == split else cut, n)
         self.opened = None
         self.length = len(self.open()["usable"])

@@ -76,6 +76,8 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
     config, base = check_folder(checkpoint), base_of(checkpoint)
     tokenizer = Tokenizer(home_of(checkpoint, "tokenizer.model"), prompt_for(config.extra))
     processor = ImageProcessor.from_pretrained(home_of(checkpoint, "preprocessor_config.json"))
+    if is_oft(checkpoint) and not processor.trained_on:  # released OFT folders have no record of it; this is theirs
+        processor.trained_on = ("lanczos3", "center_crop")
     stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
     dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
     if is_oft(checkpoint):

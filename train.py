@@ -50,6 +50,7 @@ class Config:
     data_mix: Any = "bridge"  # mixture or dataset of oxe.py, or a list of (name or dataset object, weight)
     image_aug: bool = True  # random 90 % crops and colours; the checkpoint then asks for centre crops
     num_workers: int = 2  # processes that read and decode
+    hold_out: float = 0.05  # share of the episodes, of data without a validation split, that is not trained on
     skip_bad_records: bool = False  # leave broken records out of the index and count them, instead of stopping
     # model
     base_checkpoint: str = ""  # folder in Hugging Face layout to start from
@@ -338,9 +339,10 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     if rank == 0:  # the index is made once; the others find it
         open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records, progress=show)
     barrier()
-    parts = open_mixture(
-        cfg.data_root_dir, cfg.data_mix, "train", views, action_chunk, skip_bad_records=cfg.skip_bad_records
-    )
+    skip = cfg.skip_bad_records
+    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "train", views, action_chunk, cfg.hold_out, skip)
+    if cfg.val_every and not all(len(d) for d, _ in open_validation(cfg, views, action_chunk)):
+        raise ValueError("--val_every: there is no validation split, and --hold_out 0 leaves nothing for one")
     stats = {d.name: d.statistics for d, _ in parts}
     model, tokenizer, processor = make(cfg)
     n_all = sum(p.numel() for p in model.parameters())
@@ -440,10 +442,14 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     return metrics
 
 
+def open_validation(cfg: Config, views, action_chunk) -> list:
+    return open_mixture(cfg.data_root_dir, cfg.data_mix, "val", views, action_chunk, cfg.hold_out)
+
+
 @torch.no_grad()
 def validate(model, cfg: Config, processor, tokenizer, device: str, forward, views, action_chunk) -> dict:
     """Loss and action metrics on the first frames of the validation split, the same ones each time."""
-    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "val", views, action_chunk)
+    parts = open_validation(cfg, views, action_chunk)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     positions = Positions(cfg.micro_batch_size * world, cfg.micro_batch_size, rank, world)
     window = Window(len(parts), device)

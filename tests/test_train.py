@@ -14,7 +14,9 @@ import torch
 from common import ROOT, golden, pixels, shared
 from safetensors.torch import load_file
 
+import oxe
 import rlds
+import toy
 import train
 from configurator import configure
 from data import Samples
@@ -240,10 +242,22 @@ def test_sigterm_saves_and_says_how_to_resume(config, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_activation_checkpointing_and_validation_change_nothing(config, tmp_path):
-    train_here(config("plain", "--activation_checkpointing", "False"))
-    out = train_here(config("both", "--val_every", "2", "--val_batches", "2"))
+def test_activation_checkpointing_and_validation_change_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(oxe, "DATASETS", {**oxe.DATASETS, "toy": oxe.Dataset(primary="image", state=("state",))})
+    toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 10)))
+
+    def run(name: str, *options: str) -> dict:
+        cfg = configure(train.Config, config(name, *options))
+        cfg.data_mix, cfg.data_root_dir = "toy", str(tmp_path)
+        return train.train(cfg)
+
+    run("plain", "--activation_checkpointing", "False", "--hold_out", "0.2")
+    out = run("both", "--val_every", "2", "--val_batches", "2", "--hold_out", "0.2")
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "both"), abs=1e-6) and out["val/loss"] > 0
+    with pytest.raises(ValueError, match="--hold_out 0 leaves nothing"):
+        run("none", "--val_every", "2", "--hold_out", "0")
+    with pytest.raises(ValueError, match="mine is an object without a validation split"):
+        train_here(config("object", "--val_every", "2"))
 
 
 def test_export_is_what_was_trained(config, tmp_path):
