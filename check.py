@@ -346,7 +346,7 @@ CAUSES = {  # of look.py's warnings -> why it matters, what to do
 def check_data(cfg: Config) -> int:
     """data.py's table and pictures, and a verdict on each cause of its warnings."""
     verdict = Verdicts()
-    for dataset, weight in open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split):
+    for dataset, weight in open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split, skip_bad_records=True):
         for cause, wrong, line in look(dataset, weight, cfg.out):
             verdict(not wrong, f"{dataset.name}, {cause}", line, *CAUSES[cause])
     return verdict.failed

@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors), and raises ValueError or FileNotFou
 expected and how to mend it. No weight is loaded and no code of the folder is run.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def home_of(folder: str | Path, file: str) -> Path:
 def check_folder(folder: str | Path) -> OpenVLAConfig:
     """
     Raise if `OpenVLA.from_pretrained(folder)` could not load; else the model's config. A LoRA run is checked with its
-    base; its dataset statistics join the base's.
+    base, and has the statistics of the data that it was trained on, not the base's.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -53,7 +54,8 @@ def check_folder(folder: str | Path) -> OpenVLAConfig:
         read_header(folder / ADAPTER_WEIGHTS)
         config, stats = check_folder(base), folder / "dataset_statistics.json"
         refuse_quantized(config, base)
-        config.extra["norm_stats"] |= json.loads(stats.read_text("utf-8")) if stats.is_file() else {}
+        if stats.is_file():
+            config.extra["norm_stats"] = json.loads(stats.read_text("utf-8"))
         return config
     if not (folder / "config.json").is_file():
         hint = "; convert_weights.py turns .pt checkpoints into this layout" if list(folder.rglob("*.pt")) else ""
@@ -105,6 +107,19 @@ def weight_files(folder: Path) -> list[Path]:
             by = f"named by {INDEX}" if (folder / INDEX).is_file() else f"and there is no {INDEX}"
             raise FileNotFoundError(f"{folder / name}: weight file missing, {by}; download it again")
     return [folder / name for name in sorted(names)]
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Of a checkpoint's weights: sixteen places of each file, as reading all of it would take minutes."""
+    total = hashlib.sha256()
+    for path in weight_files(Path(folder)):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as f:
+            for i in range(16):
+                f.seek(i * size // 16)
+                total.update(f.read(4096))
+    return total.hexdigest()[:16]
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:

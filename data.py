@@ -89,7 +89,13 @@ class Samples(Dataset):
 
 
 def open_mixture(
-    data_root_dir, data_mix, split="train", views=("primary",), action_chunk=1, hold_out=0.05, skip_bad_records=False,
+    data_root_dir,
+    data_mix,
+    split="train",
+    views=("primary",),
+    action_chunk=1,
+    hold_out=0.05,
+    skip_bad_records=False,
     progress=NO_BAR,
 ) -> list[tuple[Dataset, float]]:
     """
@@ -120,11 +126,18 @@ def check_object(dataset, split: str, views: int, action_chunk: int):
         raise ValueError(f"{dataset.name} is an object without a validation split; --val_every 0")
 
 
-def warn_constant(name: str, stats: dict) -> list[str]:
-    """One line for each normalised dimension that hardly moves: dividing by q99 - q01 would blow its noise up."""
+def warn_actions(name: str, stats: dict) -> list[str]:
+    """
+    One line for each normalised dimension that hardly moves: dividing by q99 - q01 would blow its noise up. One for a
+    gripper, which is not normalised, beyond 0 and 1: it would become one bin.
+    """
     span = np.asarray(stats["q99"]) - np.asarray(stats["q01"])
     small = (span < 1e-4) & action_mask(stats) & (np.asarray(stats["min"]) != np.asarray(stats["max"]))
-    return [f"{name}: action dimension {i} hardly moves (q99 - q01 = {span[i]:.1e})" for i in np.flatnonzero(small)]
+    lines = [f"{name}: action dimension {i} hardly moves (q99 - q01 = {span[i]:.1e})" for i in np.flatnonzero(small)]
+    low, high = stats["min"][-1], stats["max"][-1]
+    if not action_mask(stats)[-1] and (low < -0.01 or high > 1.01):
+        lines.append(f"{name}: the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)")
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -286,14 +299,16 @@ class Positions:
 def make_loader(mixture: Mixture, positions: Positions, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
     """
     Batches in the order of `positions`, whatever the number of workers. These are forked from a server process, which
-    has neither CUDA nor threads; or from this one, if a dataset's class lives in a config file and cannot be sent.
+    has neither CUDA nor threads; or from this one, if a dataset's class or function is a config file's: that cannot be
+    sent.
     """
     context = None
     if num_workers:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read by the workers: a core each, no more
             os.environ.setdefault(name, "1")
         try:
-            pickle.dumps([type(getattr(d, "samples", d)) for d in mixture.datasets])
+            parts = [(getattr(d, "samples", d), getattr(d, "row", None) or d) for d in mixture.datasets]
+            pickle.dumps([(type(own), getattr(row, "standardize", None)) for own, row in parts])
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data"])
         except (pickle.PicklingError, AttributeError):

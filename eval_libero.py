@@ -59,6 +59,7 @@ from simulator import tasks as tasks_of
 # Success in per cent, 500 episodes: README of openvla (LoRA; mean of three seeds), Table I of arXiv 2502.19645
 PUBLISHED = {"OpenVLA": dict(libero_spatial=84.7, libero_object=88.4, libero_goal=79.2, libero_10=53.7)}
 PUBLISHED["OpenVLA-OFT"] = dict(libero_spatial=97.6, libero_object=98.4, libero_goal=97.9, libero_10=94.5)
+SILENCE = 600  # seconds without a word of any simulator, after which they count as hung
 SCRIPTED = ("noop", "random", "expert", "replay")
 
 
@@ -233,7 +234,10 @@ def run(jobs: Iterable[dict], num_envs: int, target: Callable, args: tuple, act:
                 break  # fewer jobs than processes
         while busy:
             questions = []
-            for conn in wait(list(busy)):
+            if not (ready := wait(list(busy), SILENCE)):
+                for process, _ in busy.values():  # simulators hang now and then; their jobs become errors
+                    process.kill()
+            for conn in ready:
                 process, job = busy[conn]
                 try:
                     message = conn.recv()
@@ -486,8 +490,11 @@ def main(cfg: Config):
                 warnings = pool.apply(check_in_process, (cfg.assets, cfg.task_suite, bool(cameras) or cfg.film))
         except Exception as error:  # whatever MuJoCo or OpenGL miss
             fail(f"the simulator does not run here: {type(error).__name__}: {error}")
-        for text in warnings:
-            say(text)
+        write_json(out / "warnings.json", warnings)
+    elif (out / "warnings.json").is_file():
+        warnings = json.loads((out / "warnings.json").read_text())
+    for text in warnings:
+        say(text)
     start, bar = time.perf_counter(), tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", leave=False)
     steps = 0
 

@@ -26,7 +26,7 @@ import train
 from configurator import configure
 from data import open_mixture, scheme_of
 from metrics import count_actions
-from oft import OFT, OFTConfig, predict_chunk, save_components
+from oft import HEADS, OFT, OFTConfig, predict_chunk, save_components
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Config(finetune_lora.Config):
     action_chunk: int = 8  # actions per answer: 8 LIBERO, 25 ALOHA, 5 Bridge
     views: tuple[str, ...] = ("primary", "wrist")  # the cameras, in the order in which the model gets them
     use_proprio: bool = True  # the robot's state as one more token
-    head: str = "l1"  # l1, diffusion, discrete
+    head: str = "l1"  # one of oft.HEADS: l1, diffusion, discrete
     film: bool = False  # the instruction modulates the ViTs
     # defaults other than finetune_lora.py's, as in the official recipe (whose weight decay is on norms and biases, too)
     hold_out: float = 0.0
@@ -104,8 +104,8 @@ def read_states_as_oft(data_mix):
 def check(cfg: Config):
     """Raise ValueError for what finetune_lora.py does not look at."""
     finetune_lora.check(cfg)
-    if cfg.head not in ("l1", "diffusion", "discrete"):
-        raise ValueError(f"--head {cfg.head!r}: must be l1, diffusion or discrete")
+    if cfg.head not in HEADS:
+        raise ValueError(f"--head {cfg.head!r}: must be one of {', '.join(HEADS)}")
     if cfg.action_chunk < 1:
         raise ValueError(f"--action_chunk {cfg.action_chunk}: must be 1 or more")
 

@@ -102,17 +102,19 @@ def copying(actions: np.ndarray, episodes: np.ndarray | None, stats: dict) -> fl
 
 def findings(dataset, actions, episodes, idle: float, lengths: np.ndarray, silent: float) -> list[tuple]:
     """(cause, whether it is probably wrong, what was found). silent: share of frames without an instruction."""
-    from data import warn_constant  # data.py imports this file
+    from data import warn_actions  # data.py imports this file
 
     stats, bad = dataset.statistics["action"], getattr(dataset, "meta", {}).get("bad_records", [])
     masked, (low, high) = action_mask(stats), (np.asarray(stats[k]) for k in ("min", "max"))
-    lines = [line.removeprefix(f"{dataset.name}: ") for line in warn_constant(dataset.name, stats)]
+    warned = [line.removeprefix(f"{dataset.name}: ") for line in warn_actions(dataset.name, stats)]
+    lines = [line for line in warned if "gripper" not in line]
     last = len(low) - 1 if not masked[-1] else len(low)  # the gripper's number, if there is one
     for i in np.flatnonzero(low == high)[np.flatnonzero(low == high) < last]:
         lines.append(f"action dimension {i} never moves, it is always {low[i]:.3g}")
     out = [("spread", True, line) for line in lines] or [("spread", False, "every dimension moves")]
     if last < len(low):
-        out.append(("gripper", *gripper(low[-1], high[-1], actions[:, -1], episodes)))
+        beyond = [("gripper", True, line) for line in warned if "gripper" in line]
+        out += beyond or [("gripper", *gripper(low[-1], high[-1], actions[:, -1], episodes))]
     rate, short = copying(actions, episodes, stats), (lengths < 5).sum()
     return out + [
         ("idle", idle > 0.3, f"{idle:.0%} of the steps are idle (nothing moves)"),
@@ -127,8 +129,6 @@ def gripper(low: float, high: float, said: np.ndarray, episodes: np.ndarray | No
     """The finding about it: 0 is closed, 1 open, and most robots begin open."""
     if low == high:
         return True, f"the gripper never moves, it is always {low:.3g}"
-    if low < -0.01 or high > 1.01:
-        return True, f"the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)"
     first = said > 0.5 if episodes is None else said[np.append(True, episodes[1:] != episodes[:-1])] > 0.5
     where = "of the frames" if episodes is None else "of the episodes at their start"
     return episodes is not None and first.mean() < 0.5, f"the gripper is open (1) in {first.mean():.0%} {where}"

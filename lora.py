@@ -14,6 +14,7 @@ Axes: r rank.
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -27,8 +28,8 @@ from tqdm import tqdm
 
 from checkpoint import ADAPTER_CONFIG as CONFIG
 from checkpoint import ADAPTER_WEIGHTS as WEIGHTS
-from checkpoint import base_of, check_folder, read_layout, weight_files
-from model import OpenVLA, read_config, write_atomically, write_json
+from checkpoint import base_of, check_folder, fingerprint, read_layout, weight_files
+from model import OpenVLA, write_atomically, write_json
 
 PARTS = dict(vision="vision_backbone", projector="projector", language="language_model")
 PREFIX = "base_model.model."
@@ -154,7 +155,8 @@ def save_adapter(model: OpenVLA, folder: str | Path, base: str, state: dict[str,
     config |= dict(lora_dropout=lora["lora_dropout"], target_modules=names, bias="none", init_lora_weights="gaussian")
     config |= dict(fan_in_fan_out=False, inference_mode=True, task_type=None, use_dora=False, use_rslora=False)
     tensors = {PREFIX + name: w.detach().cpu().contiguous() for name, w in state.items()}
-    write_atomically(Path(folder) / WEIGHTS, lambda tmp: save_file(tensors, tmp, {"format": "pt"}))
+    about = {"format": "pt"} | ({"base": fingerprint(base)} if Path(base).is_dir() else {})  # PEFT reads on over it
+    write_atomically(Path(folder) / WEIGHTS, lambda tmp: save_file(tensors, tmp, about))
     write_json(Path(folder) / CONFIG, config | dict(modules_to_save=None, rank_pattern={}, alpha_pattern={}))
 
 
@@ -182,12 +184,21 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict[str,
     return config, adapters, stored
 
 
+def warn_other_base(run: str | Path):
+    """An adapter belongs to the weights that it was trained on; others in their place change what it does."""
+    with safe_open(Path(run) / WEIGHTS, framework="pt") as file:
+        trained_on = (file.metadata() or {}).get("base")
+    if trained_on and (base := base_of(run)) and fingerprint(base) != trained_on:
+        warnings.warn(f"{run} was trained on other weights than {base} holds now", stacklevel=2)
+
+
 def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
     """
     Put a PEFT adapter onto its base model, in place, in float32. Raises ValueError if a tensor does not fit, or if the
     file holds base weights that are not this model's.
     """
     config, adapters, stored = read_adapter(folder)
+    warn_other_base(folder)
     file, rank = Path(folder) / WEIGHTS, config["r"]
     base = model.state_dict() | model.unused
     modules = sorted({name.rsplit(".", 2)[0] for name in adapters})
@@ -245,6 +256,7 @@ def merge(run: str | Path, out: str | Path):
     check_folder(run)  # and the base with it
     base = base_of(run)
     config, adapters, _ = read_adapter(run)
+    warn_other_base(run)
     files = weight_files(base)
     need, free = sum(f.stat().st_size for f in files), shutil.disk_usage(out.absolute().parent).free
     if free < need:
@@ -260,6 +272,5 @@ def merge(run: str | Path, out: str | Path):
             if path.is_file() and path.name not in skip and path.suffix != ".png" and path.name[0] != ".":
                 shutil.copyfile(path, tmp / path.name)
     hf = json.loads((base / "config.json").read_text("utf-8"))
-    stats = read_config(base)["norm_stats"] | json.loads((run / "dataset_statistics.json").read_text("utf-8"))
-    write_json(tmp / "config.json", hf | {"norm_stats": stats})
+    write_json(tmp / "config.json", hf | {"norm_stats": check_folder(run).extra["norm_stats"]})
     tmp.rename(out)

@@ -30,7 +30,9 @@ from checkpoint import OFT_RECORD as RECORD
 from checkpoint import base_of
 from lora import load_adapter
 from model import OpenVLA, is_unused, write_atomically, write_json
-from tokenizer import BLANK, EOS, PAD, decode_action, normalize, pad_sequences, unnormalize
+from tokenizer import BLANK, EOS, PAD, SCHEMES, decode_action, normalize, pad_sequences, unnormalize
+
+HEADS = ("l1", "diffusion", "discrete")
 
 
 @dataclass
@@ -41,7 +43,7 @@ class OFTConfig:
     action_dim: int = 7  # A: 7, of ALOHA 14
     proprio_dim: int = 8  # P: 8 LIBERO, 14 ALOHA, 7 Bridge; 0: the state is not looked at
     num_images: int = 2  # V
-    head: str = "l1"  # l1, diffusion, discrete
+    head: str = "l1"  # one of HEADS
     film: bool = False  # the instruction modulates both ViTs
     diffusion_steps: int = 50
     scheme: str = "bounds_q99"  # of actions and state: q01 and q99 become -1 and 1; "bounds" (ALOHA): min and max
@@ -320,7 +322,14 @@ def component(folder: Path, name: str) -> dict[str, Tensor] | None:
 def read_record(folder: Path) -> OFTConfig:
     """oft_config.json. Raises ValueError for an official folder without it, and says what would stand there."""
     if (folder / RECORD).is_file():
-        return OFTConfig(**json.loads((folder / RECORD).read_text("utf-8")))
+        try:
+            cfg = OFTConfig(**json.loads((folder / RECORD).read_text("utf-8")))
+            sizes = (cfg.action_chunk, cfg.action_dim, cfg.num_images, cfg.diffusion_steps)
+            if cfg.head not in HEADS or cfg.scheme not in SCHEMES or min(sizes) < 1 or cfg.proprio_dim < 0:
+                raise ValueError(f"{cfg}; head is one of {', '.join(HEADS)}, scheme one of {', '.join(SCHEMES)}")
+            return cfg
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / RECORD}: {error}") from None
     cfg, head, state = OFTConfig(), component(folder, "action_head"), component(folder, "proprio_projector")
     cfg.head = "discrete" if not head else "l1" if "model.fc2.bias" in head else "diffusion"
     cfg.action_dim = next((len(v) for k, v in (head or {}).items() if k.endswith("fc2.bias")), 7)
@@ -328,6 +337,8 @@ def read_record(folder: Path) -> OFTConfig:
     cfg.film = component(folder, "vision_backbone") is not None
     if cfg.action_dim == 14:
         cfg.action_chunk, cfg.num_images, cfg.scheme = 25, 3, "bounds"
+    elif cfg.proprio_dim == 7:
+        cfg.action_chunk, cfg.num_images = 5, 1
     raise ValueError(
         f"{folder}: an official OFT folder does not say how long its chunks are (8 LIBERO, 25 ALOHA, 5 Bridge) nor "
         f"how many pictures it looks at. Write them to {folder / RECORD}; by its other files that may be "

@@ -139,8 +139,25 @@ def proprio_of(trajectory: dict, keys: tuple, T: int) -> np.ndarray:
 def fingerprint(folder: Path, row: oxe.Dataset) -> str:
     """Changes when a file of the dataset, its row or the source of its standardise function does."""
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
-    source = inspect.getsource(row.standardize)
-    return hashlib.sha256(repr((files, str(row.images), row.state, source)).encode()).hexdigest()[:16]
+    parts = files, str(row.images), row.state, row.action_encoding, source_of(row.standardize)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def source_of(function) -> str:
+    """The source of a function and of what it uses of its file: functions, numbers, texts."""
+    found, todo = {}, [function]
+    while todo:
+        f = getattr(todo[-1], "func", todo[-1])  # of a functools.partial
+        found[f"{f.__module__}.{f.__qualname__}"] = inspect.getsource(f) + repr(getattr(todo.pop(), "keywords", ""))
+        for code in [f.__code__, *(c for c in f.__code__.co_consts if inspect.iscode(c))]:
+            for name in code.co_names:
+                value = f.__globals__.get(name)
+                if inspect.isfunction(value) and value.__module__ == f.__module__:
+                    if f"{value.__module__}.{value.__qualname__}" not in found:
+                        todo.append(value)
+                elif isinstance(value, int | float | str | tuple | list | dict | np.ndarray):
+                    found[name] = repr(value)
+    return repr(sorted(found.items()))
 
 
 def open_index(folder: Path, name: str, row: oxe.Dataset, skip_bad_records: bool = False, progress=NO_BAR) -> Path:
@@ -296,6 +313,8 @@ class RLDS:
             )
         self.index = open_index(self.folder, name, self.row, skip_bad_records, progress)
         self.meta = json.loads((self.index / "index.json").read_text())
+        if (bad := self.meta["bad_records"]) and not skip_bad_records:
+            raise ValueError(f"{bad[0]}; {len(bad)} bad records were left out of the index by --skip_bad_records True")
         self.statistics, self.absolute_mask = self.meta["statistics"], self.row.absolute_action_mask
         splits = self.meta["splits"]
         self.split = split if splits.get(split, {}).get("frames") else "train"
@@ -326,7 +345,8 @@ class RLDS:
     def find_usable(self) -> np.ndarray:
         """Numbers of the frames that may start a sample (memory-mapped; found once per split and chunk length)."""
         first, last = self.episode_range
-        path = self.index / f"usable-{self.split}-{first}-{last}-{self.action_chunk}"
+        keep = f"-{zlib.crc32(source_of(self.row.keep_frames).encode()):x}" if self.row.keep_frames else ""
+        path = self.index / f"usable-{self.split}-{first}-{last}-{self.action_chunk}{keep}"
         if not path.is_file():
             tmp = path.with_name(f".{path.name}.{os.getpid()}")
             with open(tmp, "wb") as f:
@@ -365,7 +385,7 @@ class RLDS:
             pictures=pictures,
             actions=np.array(tables["action"][frame:end]),
             instruction=text.decode("utf-8", "replace"),
-            proprio=np.array(tables["proprio"][frame]),
+            proprio=np.array(tables["proprio"][frame]) if self.meta["proprio_dim"] else np.zeros(0, np.float32),
         )
 
     def where(self, i: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ Axes: B batch, A dimensions of an action.
 """
 
 import json
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Config:
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16; auto: bfloat16 on cuda, else as the weights are stored
-    center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint was trained
+    center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says that it was trained
     json: bool = False  # print one JSON line
 
 
@@ -95,6 +96,14 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
 
             load_adapter(model, checkpoint)
     return Policy(model, tokenizer, processor, config.extra["norm_stats"], str(checkpoint))
+
+
+def no_record(policy: Policy) -> str:
+    """What to say of a fine-tuned model that does not say what its pictures went through."""
+    if policy.processor.trained_on or not (Path(policy.checkpoint) / "dataset_statistics.json").is_file():
+        return ""
+    return (f"{policy.checkpoint} does not say how its pictures were prepared, so whole ones are shown; the official "
+            f"script fine-tunes on 90 % crops (LIBERO's models, too): for those give --center_crop True")  # fmt: skip
 
 
 def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
@@ -171,7 +180,13 @@ def check_length(config: OpenVLAConfig, prompt_ids: list[int], new: int, picture
 
 
 def pick_device(name: str) -> str:
-    """auto -> cuda, mps or cpu, whichever is there first."""
+    """auto -> cuda, mps or cpu, whichever is there first. Raises ValueError for what is not here."""
+    kind, _, number = name.partition(":")
+    here = dict(auto=1, cpu=1, mps=int(torch.backends.mps.is_available()), cuda=torch.cuda.device_count())
+    if kind not in here or (number and not number.isdecimal()):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda, cuda:0, ... or mps")
+    if int(number or 0) >= here[kind]:
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees {here[kind]} of that kind; --device cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -201,6 +216,8 @@ def main(cfg: Config):
         device = pick_device(cfg.device)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
         loaded = time.perf_counter()
+        if cfg.center_crop is None and no_record(policy):
+            print(f"warning: {no_record(policy)}", file=sys.stderr)
         if is_oft(cfg.checkpoint):
             from oft import predict_chunk
 

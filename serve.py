@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 import traceback
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from checkpoint import check_folder
 from configurator import configure, fail
 from image import to_rgb
 from oft import predict_chunk
-from sample import Policy, check_length, dataset_stats, load, pick_device, pick_dtype
+from sample import Policy, check_length, dataset_stats, load, no_record, pick_device, pick_dtype
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Config:
     host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines; then give a token
     port: int = 8000
     unnorm_key: str = ""  # of requests without one; may be left out if the checkpoint has one
-    center_crop: bool | None = None  # None: as the checkpoint was trained
+    center_crop: bool | None = None  # None: as the checkpoint says that it was trained
     device: str = "auto"
     dtype: str = "auto"  # bfloat16, float32, float16
     token: str = ""  # ask for "Authorization: Bearer TOKEN"; "": what OPENVLA_TOKEN holds, if anything
@@ -352,7 +353,10 @@ def main(cfg: Config):
         if cfg.unnorm_key:
             dataset_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
         bar = lambda names: tqdm(names, "loading", unit=" tensors", leave=False)  # noqa: E731
-        app = make_app(load(cfg.checkpoint, dtype, pick_device(cfg.device), bar), cfg)
+        policy = load(cfg.checkpoint, dtype, pick_device(cfg.device), bar)
+        if cfg.center_crop is None and no_record(policy):
+            print(f"warning: {no_record(policy)}", file=sys.stderr)
+        app = make_app(policy, cfg)
     except ModuleNotFoundError as error:
         fail(f"{error}; pip install -r requirements-serve.txt")
     except (ValueError, OSError) as error:

@@ -34,9 +34,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from checkpoint import check_folder, refuse_quantized
+from checkpoint import check_folder, fingerprint, refuse_quantized
 from configurator import configure, fail
-from data import Mixture, Positions, make_loader, open_mixture, warn_constant
+from data import Mixture, Positions, make_loader, open_mixture, warn_actions
 from image import ImageProcessor
 from metrics import Log, Window, count, plot_curves, total
 from model import OpenVLA, OpenVLAConfig, write_atomically, write_json
@@ -86,6 +86,11 @@ class Config:
     toy_episodes: int = 0  # > 0: first make the toy world's demonstrations, afterwards evaluate in it (toy.py)
     toy_scenes: int = 200  # unseen scenes of that evaluation
 
+
+# What a resumed run may not change, of this script's options and those of finetune_*.py; and what it says if it does
+SAME = {"hold_out", "image_aug", "random_model", "train_parts", "batch_size", "seed", "lora_rank", "lora_alpha"}
+SAME |= {"lora_targets", "quantize_base", "action_chunk", "views", "use_proprio", "head", "film"}
+TOLD = {"lr", "schedule", "warmup_steps", "decay_step", "weight_decay", "beta2", "grad_clip", "lora_dropout", "bf16"}
 
 # -----------------------------------------------------------------------------
 # Pieces
@@ -167,7 +172,7 @@ def forward(model, batch: dict, processor: ImageProcessor, device: str, num_data
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict):
+def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict, base: str = ""):
     """checkpoints/step-NNNNNN, written beside and renamed when whole; then the oldest beyond keep_checkpoints go."""
     final, work = run / "checkpoints" / f"step-{step:06d}", run / "checkpoints" / f".step-{step:06d}"
     if main_process():
@@ -176,7 +181,8 @@ def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict):
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work)
     if main_process():
-        write_json(work / "train.json", {"step": step, "config": printable(cfg), "statistics": stats})
+        about = dict(step=step, config=printable(cfg), statistics=stats, base=base)
+        write_json(work / "train.json", about)
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         for old in complete_checkpoints(run)[: -cfg.keep_checkpoints]:
@@ -197,6 +203,16 @@ def load(folder: Path, model, optimizer) -> int:
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
     )
     return json.loads((folder / "train.json").read_text())["step"]
+
+
+def check_same(folder: Path, before: dict, now: dict):
+    """A run goes on as the one that it was: raise ValueError where that is not so, print what else has changed."""
+    for key in now.keys() & before.keys():
+        if before[key] != now[key] and key in SAME:
+            raise ValueError(f"{folder}: trained with {key} {before[key]!r}, now it is {now[key]!r}; give the same, "
+                             f"or another --run_dir, or --resume never to start anew")  # fmt: skip
+        if before[key] != now[key] and key in TOLD and main_process():
+            print(f"from here on {key} is {now[key]!r}, it was {before[key]!r}")
 
 
 def export(run: Path, model: OpenVLA, tokenizer: Tokenizer, processor: ImageProcessor, stats: dict, cfg: Config):
@@ -358,7 +374,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
         shard(model, "cuda" if cuda else "cpu", cfg.bf16 and cuda)
     model.train()
     optimizer = build_optimizer(model, cfg, fused=cuda or not sharded)
-    step = 0
+    step, base = 0, fingerprint(cfg.base_checkpoint) if n_trained < n_all and cfg.base_checkpoint else ""
     newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
     if newest:
         before = json.loads((newest[0] / "train.json").read_text())
@@ -367,9 +383,12 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
                 f"{newest[0]}: trained with statistics of {sorted(before['statistics'])} that are not those of the "
                 f"data now, {sorted(stats)}; give the same data, or --resume never to start anew"
             )
+        check_same(newest[0], before["config"], printable(cfg))
         if n_trained < n_all and before["config"]["base_checkpoint"] != cfg.base_checkpoint:
             raise ValueError(f"{newest[0]}: its frozen parts are in {before['config']['base_checkpoint']}, not in "
                              f"{cfg.base_checkpoint}; give that --base_checkpoint")  # fmt: skip
+        if before.get("base", base) != base:
+            raise ValueError(f"{newest[0]}: its frozen parts are not the weights that {cfg.base_checkpoint} holds now")
         step = load(newest[0], model, optimizer)
 
     mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug, action_chunk)
@@ -382,7 +401,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     if main_process():
         print(f"{n_trained / 1e6:.1f} M of {n_all / 1e6:.1f} M parameters train, "
               f"{sum(map(len, mixture.datasets)):,} frames in {len(parts)} datasets, from step {step}")  # fmt: skip
-        for line in [line for name, s in stats.items() for line in warn_constant(name, s["action"])]:
+        for line in [line for name, s in stats.items() for line in warn_actions(name, s["action"])]:
             print(f"warning: {line}")
     metrics, window, started = {}, Window(len(parts), device), step
     while step < cfg.max_steps and not stop:
@@ -425,7 +444,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
             if log:
                 log.write(metrics)
         if step % cfg.save_every == 0 or step == cfg.max_steps or stop:
-            save(run, step, model, optimizer, cfg, stats)
+            save(run, step, model, optimizer, cfg, stats, base)
             if log and metrics:
                 plot_curves(run)
             if cfg.export_every_save or step == cfg.max_steps:
@@ -437,8 +456,10 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     if stop and main_process():
         print(f"stopped after step {step}; resume with: {' '.join([Path(sys.executable).name, *sys.argv])}")
         raise SystemExit(130 if stop[0] == signal.SIGINT else 143)
-    if started == cfg.max_steps and main_process():
-        print(f"{run} is already trained to step {step}; raise --max_steps, or --resume never starts anew")
+    if started >= cfg.max_steps:
+        write(run, model, tokenizer, processor, stats, cfg)  # it may have been killed before that
+        if main_process():
+            print(f"{run} is already trained to step {step}; raise --max_steps, or --resume never starts anew")
     return metrics
 
 

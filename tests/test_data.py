@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -289,6 +290,62 @@ def test_index_is_reused_and_edited_data_is_noticed(copy, monkeypatch):
     os.utime(file, ns=(1, 1))
     with pytest.raises(pytest.fail.Exception, match="indexed again"):
         rlds.RLDS(root, "bridge_orig")
+
+
+SCALE = 1.0
+
+
+def scaled(trajectory):
+    return {**trajectory, "action": in_metres(trajectory["action"])}
+
+
+def in_metres(action):
+    return action * SCALE
+
+
+def every_second(trajectory):
+    return np.arange(len(trajectory["action"])) % STRIDE == 0
+
+
+STRIDE = 2
+
+
+def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
+    """A constant of a standardise function, one that keep_frames uses, the kind of action, the bad records."""
+    import toy
+
+    toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
+    row = oxe.Dataset(primary="image", standardize=scaled, state=(), keep_frames=every_second)
+
+    def read(**options):
+        return rlds.RLDS(tmp_path, "mine", row=row, hold_out=0.0, **options)
+
+    first = read()
+    monkeypatch.setitem(globals(), "SCALE", 10.0)
+    np.testing.assert_allclose(
+        read().statistics["action"]["q99"][:3], np.multiply(first.statistics["action"]["q99"][:3], 10)
+    )
+    frames = len(read())
+    monkeypatch.setitem(globals(), "STRIDE", 3)
+    assert len(read()) < frames
+    index = read().index / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"bad_records": ["file 3: cut off"]}))
+    with pytest.raises(ValueError, match="file 3: cut off; 1 bad records were left out"):
+        read()
+    assert len(read(skip_bad_records=True)) < frames
+
+
+def test_functions_of_a_config_file_go_to_workers(tmp_path, llama):
+    import toy
+
+    toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
+    (tmp_path / "c.py").write_text(
+        "import oxe\ndef turned(t):\n    return {**t, 'action': 1 - t['action']}\n"
+        "row = oxe.Dataset(primary='image', state=(), standardize=turned)\n"
+    )
+    row = runpy.run_path(str(tmp_path / "c.py"))["row"]
+    parts = [(rlds.RLDS(tmp_path, "mine", row=row), 1.0)]
+    assert len(stream(parts, llama, workers=2, steps=1)) == 2
 
 
 def flip(path: Path, at: int):

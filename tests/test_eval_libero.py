@@ -230,6 +230,31 @@ def test_each_process_gets_its_own_answers(tmp_path, num_envs):
     assert all(r["success"] for r in rows if "error" not in r)
 
 
+def hang(conn, folder):
+    """Stands in for `simulate`: the first job of trial 1 never ends."""
+    while (job := conn.recv()) is not None:
+        if job["trial"] == 1 and not (folder / "hung").exists():
+            (folder / "hung").touch()
+            time.sleep(600)
+        conn.send(row(job["task"], job["trial"], True))
+
+
+def test_a_hung_simulator_becomes_an_error(tmp_path, monkeypatch):
+    wait, rows = E.wait, []
+
+    def hurried(conns, timeout):
+        """Gives up when only the hung one is left."""
+        assert timeout == E.SILENCE
+        while not (ready := wait(conns, 0.2)) and not (len(conns) == 1 and (tmp_path / "hung").exists()):
+            pass
+        return ready
+
+    monkeypatch.setattr(E, "wait", hurried)
+    E.run([dict(task=0, trial=i) for i in range(4)], 2, hang, (tmp_path,), None, rows.append)
+    assert sorted(r["trial"] for r in rows) == list(range(4))
+    assert [r["trial"] for r in rows if "error" in r] == [1]
+
+
 KILLED = """
 import sys, json; sys.path[:0] = {paths}
 import eval_libero as E, test_eval_libero as T

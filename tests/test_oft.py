@@ -182,6 +182,11 @@ def test_what_a_folder_must_say(folders, tmp_path, policies):
         shutil.copy(file, tmp_path / "a")
     with pytest.raises(ValueError, match='8 LIBERO, 25 ALOHA.*"proprio_dim": 8'):
         O.load_oft(tmp_path / "a")
+    for change, what in ((dict(chunk=8), "chunk"), (dict(scheme="q99"), "scheme one of bounds_q99, bounds"),
+                         (dict(head="l2"), "head is one of l1"), (dict(action_chunk=0), "action_chunk=0")):  # fmt: skip
+        (tmp_path / "a" / "oft_config.json").write_text(json.dumps(asdict(policies["l1"].oft) | change))
+        with pytest.raises(ValueError, match=f"oft_config.json: .*{what}"):
+            O.load_oft(tmp_path / "a")
     O.save_oft(policies["l1"], tmp_path / "b")
     (tmp_path / "b/proprio_projector--latest_checkpoint.pt").unlink()
     with pytest.raises(ValueError, match="proprio_projector.*missing"):

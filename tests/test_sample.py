@@ -57,6 +57,29 @@ def test_command_line(folder, capsys):
     assert out.count("put carrot on plate") == 2 and "droll" in out and " rad" in out and " m\n" in out
 
 
+@pytest.mark.parametrize("name, message", [("gpu", "must be auto, cpu"), ("cuda:9", "sees 0 of that kind"),
+                                           ("cuda", "sees 0"), ("mps", "sees 0"), ("cpu:x", "must be")])  # fmt: skip
+def test_devices_that_are_not_here(name, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        sample.pick_device(name)
+
+
+def test_fine_tuned_without_a_record(folder, capsys):
+    """The official script fine-tunes on crops and does not write that down: worth a word, once."""
+    argv = ["--checkpoint", str(folder), "--image", PICTURE, "--instruction", "go", "--unnorm_key", "toy"]
+    (folder / "dataset_statistics.json").unlink(missing_ok=True)
+    sample.main(configure(sample.Config, argv))
+    assert "crop" not in capsys.readouterr().err
+    stats = json.loads((folder / "config.json").read_text())["norm_stats"]
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    sample.main(configure(sample.Config, argv))
+    assert "does not say how its pictures were prepared" in capsys.readouterr().err
+    sample.main(configure(sample.Config, [*argv, "--center_crop", "True"]))
+    assert "crop" not in capsys.readouterr().err
+
+
 def shard_of(folder, name):
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
 

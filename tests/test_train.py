@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -324,6 +325,34 @@ def test_statistics_of_another_dataset(config, tmp_path):
     (tmp_path / "c.py").write_text(CONFIG.replace("default_rng(0)", "default_rng(1)"))
     with pytest.raises(ValueError, match="not those of the data now"):
         train_here(config("run"))
+
+
+def test_a_run_goes_on_as_what_it_was(config, tmp_path, capsys):
+    train_here(config("run", "--max_steps", "2"))
+    for options, key in ((("--batch_size", "8"), "batch_size 4, now it is 8"), (("--image_aug", "False"), "image_aug"),
+                         (("--seed", "8"), "seed"), (("--train_parts", "last_layer"), "train_parts")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"trained with {key}"):
+            train_here(config("run", *options))
+    train_here(config("run", "--lr", "1e-4", "--max_steps", "3"))
+    assert "from here on lr is 0.0001, it was 0.003" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_steps", ["2", "1"])
+def test_killed_before_the_export(config, tmp_path, capsys, max_steps):
+    """The last step's checkpoint is there, what sample.py reads is not: the same command writes it."""
+    train_here(config("run", "--max_steps", "2"))
+    before = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    train_here(config("run", "--max_steps", max_steps))
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert "already trained to step 2" in capsys.readouterr().out
+
+
+def test_a_gripper_in_millimetres_is_warned_about(config, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(CONFIG.replace("size=7)", "size=7) * 100"))
+    train_here(config("run", "--max_steps", "1"))
+    assert re.search(r"warning: mine: the gripper is -\d+ ... \d+, but should be 0", capsys.readouterr().out)
 
 
 def test_not_enough_disk(config, capsys, monkeypatch):
