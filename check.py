@@ -390,6 +390,8 @@ def main(command: str, cfg: Config) -> int:
         if not cfg.checkpoint:
             fail("give --checkpoint FOLDER")
         dataset = open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split)[0][0]
+        if not len(dataset):
+            fail(f"{dataset.name} has no frames in its {cfg.split} split; choose the other --split")
         policy = sample.load(cfg.checkpoint, dtype, sample.pick_device(cfg.device))
         if not hasattr(policy.model, "generate"):
             fail(f"{cfg.checkpoint} is an OFT policy; check.py looks at token models")

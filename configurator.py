@@ -61,7 +61,10 @@ def read_config_file(name: str) -> dict:
     if path is None:
         known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.py"))
         fail(f"--config {name}: no such file here or in configs/, which has {', '.join(known)}")
-    found = runpy.run_path(str(path))
+    try:
+        found = runpy.run_path(str(path))
+    except (ValueError, OSError) as error:  # of a dataset that it opens
+        fail(f"--config {name}: {error}")
     return {k: v for k, v in found.items() if k[0] != "_" and not inspect.ismodule(v) and not inspect.isroutine(v)
             and not inspect.isclass(v)}  # fmt: skip
 

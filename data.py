@@ -176,6 +176,9 @@ class Mixture(Dataset):
         self.tokenizer, self.image_size, self.seed = tokenizer, image_size, seed
         self.image_aug, self.action_chunk = image_aug, action_chunk
         self.sizes = np.array([len(d) for d in self.datasets])
+        if min(weights) < 0 or not (weights * self.sizes).sum() > 0:
+            names = [d.name for d in self.datasets]
+            raise ValueError(f"nothing to draw from {names}: frames {self.sizes.tolist()}, weights {weights.tolist()}")
         self.shares = weights * self.sizes / (weights * self.sizes).sum()
 
     def counts(self, block: int) -> np.ndarray:

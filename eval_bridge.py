@@ -193,6 +193,8 @@ def evaluate(robot, policy: Policy, cfg: Config) -> list[dict]:
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
+    if len(cfg.start) != 3:
+        fail(f"--start {' '.join(map(str, cfg.start))}: must be three numbers, x y z in metres")
     try:
         dtype, out = pick_dtype(cfg.dtype), Path(cfg.out)
         free = ("episodes", "host", "port", "out", "device")

@@ -40,7 +40,9 @@ def to_rgb(image) -> np.ndarray:
             raise ValueError(f"{image}: not a readable picture ({error})") from None
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if image.mode == "F":
+            raise ValueError("a picture of floating-point numbers: save it as 8 or 16 bits")
+        if image.mode == "I" or image.mode.startswith("I;16"):
             image = np.asarray(image).clip(0, 65535).astype(np.uint16)
         else:
             transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
@@ -49,6 +51,10 @@ def to_rgb(image) -> np.ndarray:
         what = f"{image.dtype} {image.shape}" if hasattr(image, "shape") else type(image).__name__
         raise ValueError(f"a picture must be a path, a PIL image or a uint8 array (H, W, 3), got {what}")
     if image.dtype == np.uint16:
+        if 0 < image.max(initial=0) < 256:
+            raise ValueError(
+                f"a picture of 16 bits whose largest number is {image.max()}: make it uint8, or it is black"
+            )
         image = np.round(image / 257).astype(np.uint8)
     if image.ndim == 2 or image.shape[2] == 1:
         image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)

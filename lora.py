@@ -258,6 +258,7 @@ def merge(run: str | Path, out: str | Path):
     config, adapters, _ = read_adapter(run)
     warn_other_base(run)
     files = weight_files(base)
+    out.parent.mkdir(parents=True, exist_ok=True)
     need, free = sum(f.stat().st_size for f in files), shutil.disk_usage(out.absolute().parent).free
     if free < need:
         raise OSError(f"{out}: {need / 1e9:.1f} GB needed, the disk has {free / 1e9:.1f}")

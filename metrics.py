@@ -111,7 +111,8 @@ class Log:
 
     def __init__(self, run: Path, max_steps: int, step: int, config: dict, wandb: str = "", tensorboard: bool = False):
         self.path = run / "metrics.jsonl"
-        old = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        old = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut by a kill
         self.path.write_text("".join(json.dumps(m) + "\n" for m in old if m.get("step", 0) <= step and step))
         self.bar = tqdm(total=max_steps, initial=step, unit="step", leave=False)
         self.wandb = self.tensorboard = None

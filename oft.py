@@ -254,6 +254,8 @@ class OFT(nn.Module):
         """Prompts as ids, one per row of pixel_values -> normalised actions (B, K, A) float64, on the CPU."""
         ids, lengths = (x.to(pixel_values.device) for x in self.lay_out(prompts))
         out = self.act(ids, lengths, pixel_values, proprio, noise)
+        if not torch.isfinite(out).all():
+            raise ValueError("the policy's answer is not finite: broken weights, or numbers beyond --dtype float16")
         if self.oft.head == "discrete":
             out = decode_action(out[:, :-1].argmax(-1)).view(len(ids), self.oft.action_chunk, -1)
         return out.cpu().double()

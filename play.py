@@ -22,7 +22,7 @@ import toy
 from configurator import configure, fail
 from metrics import wilson
 from oft import predict_chunk
-from sample import Policy, load, predict_action
+from sample import Policy, dataset_stats, load, predict_action
 
 
 @dataclass
@@ -51,18 +51,18 @@ def report(name: str, ok: np.ndarray):
     print(f"{name:48s} {ok.mean():6.1%}   (95 % interval {low:.1%} to {high:.1%}, {len(ok)} unseen scenes)")
 
 
-def evaluate(policy: Policy, scenes: int, out: Path) -> dict:
+def evaluate(policy: Policy, scenes: int, out: Path, unnorm_key: str = "") -> dict:
     """Print and return the three success rates (fractions); write a film of eight rollouts and a plot to `out`."""
     start = time.perf_counter()
-    trained = play(policy, scenes, record=8)
-    swapped = play(policy, scenes, swap=True)
+    trained = play(policy, scenes, unnorm_key, record=8)
+    swapped = play(policy, scenes, unnorm_key, swap=True)
     toy.save_gif(out / "rollouts.gif", trained.episodes)
-    plot_actions(policy, out / "actions.png")
+    plot_actions(policy, out / "actions.png", unnorm_key)
     weights = {k: v.clone() for k, v in policy.model.state_dict().items()}
     policy.model.init_weights(seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untrained model writes no actions; they are decoded all the same
-        untrained = play(policy, scenes)
+        untrained = play(policy, scenes, unnorm_key)
     policy.model.load_state_dict(weights)
     rows = dict(success=trained.success, success_untrained=untrained.success, success_swapped=swapped.success)
     for name, ok in {**rows, "success of the other object, when that is named": swapped.other}.items():
@@ -71,7 +71,7 @@ def evaluate(policy: Policy, scenes: int, out: Path) -> dict:
     return {f"toy/{name}": float(ok.mean()) for name, ok in rows.items()}
 
 
-def plot_actions(policy: Policy, path: Path, episodes: int = 4):
+def plot_actions(policy: Policy, path: Path, unnorm_key: str = "", episodes: int = 4):
     """What the policy says against what the expert did, over whole unseen episodes, where something moves."""
     import matplotlib
 
@@ -82,7 +82,7 @@ def plot_actions(policy: Policy, path: Path, episodes: int = 4):
     true = np.concatenate([e["action"] for e in shown])  # (T, A)
     images = [image for e in shown for image in e["image"][: len(e["action"])]]
     texts = [e["instruction"] for e in shown for _ in e["action"]]
-    said = predict_action(policy, images, texts)
+    said = predict_action(policy, images, texts, unnorm_key)
     figure, axes = plt.subplots(4, 1, figsize=(10, 6), sharex=True)
     for axis, i, name in zip(axes, (0, 1, 2, 6), ("dx (m)", "dy (m)", "dz (m)", "gripper"), strict=True):
         axis.step(range(len(true)), true[:, i], where="mid", label="expert", color="black")
@@ -98,8 +98,11 @@ def plot_actions(policy: Policy, path: Path, episodes: int = 4):
 
 
 def main(cfg: Config):
+    if cfg.scenes < 1:
+        fail(f"--scenes {cfg.scenes}: must be 1 or more")
     try:
         policy = load(cfg.checkpoint)
+        dataset_stats(policy.norm_stats, cfg.unnorm_key, cfg.checkpoint)
     except (ValueError, OSError) as error:
         fail(error)
     if oft := getattr(policy.model, "oft", None):
@@ -108,7 +111,7 @@ def main(cfg: Config):
         report(f"success, {steps} of {oft.action_chunk} actions carried out", ok)
         return
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    print(json.dumps(evaluate(policy, cfg.scenes, Path(cfg.out))))
+    print(json.dumps(evaluate(policy, cfg.scenes, Path(cfg.out), cfg.unnorm_key)))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ NO_BAR = lambda files, title: files  # noqa: E731
 def find_dataset(data_root_dir: str | Path, name: str) -> Path:
     """The newest version folder of a dataset. Raises FileNotFoundError with what is there instead."""
     root = Path(data_root_dir)
-    versions = sorted(p.parent for p in (root / name).glob("*/features.json"))
+    found = (p.parent for p in (root / name).glob("*/features.json"))
+    versions = sorted(found, key=lambda p: [int(n) if n.isdecimal() else -1 for n in p.name.split(".")])
     if not versions:
         have = sorted(p.parent.parent.name for p in root.glob("*/*/features.json"))
         where = f"it has: {', '.join(have)}" if have else "no RLDS dataset is in it"
@@ -349,7 +350,11 @@ class RLDS:
         path = self.index / f"usable-{self.split}-{first}-{last}-{self.action_chunk}{keep}"
         if not path.is_file():
             tmp = path.with_name(f".{path.name}.{os.getpid()}")
-            with open(tmp, "wb") as f:
+            try:
+                f = open(tmp, "wb")
+            except PermissionError:  # another user's index
+                raise PermissionError(f"{path.parent} cannot be written; ask its owner, or copy the data") from None
+            with f:
                 for e in range(first, last):
                     _, start, T, labelled = self.opened["episodes"][e]
                     keep = np.arange(start, start + max(T - self.action_chunk + 1, 0)) if labelled else np.zeros(0, int)

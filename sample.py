@@ -112,7 +112,7 @@ def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
 
 
 def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
-    """The statistics of one dataset. Raises ValueError, listing the keys, if it is unknown or left open."""
+    """The statistics of one dataset. Raises ValueError if it is unknown or left open, or cannot be used."""
     keys = sorted(norm_stats)
     if not keys:
         raise ValueError(f"{checkpoint}: no action statistics; put the dataset_statistics.json beside the weights")
@@ -121,7 +121,13 @@ def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     if unnorm_key not in keys:
         what = f"unknown unnorm_key {unnorm_key!r}" if unnorm_key else "several datasets and no unnorm_key"
         raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
-    return norm_stats[unnorm_key]
+    entry = norm_stats[unnorm_key]
+    for kind in [kind for kind in ("action", "proprio") if kind == "action" or kind in entry]:
+        low, high = (np.asarray(entry.get(kind, {}).get(q, np.nan), np.float64) for q in ("q01", "q99"))
+        if low.shape != high.shape or low.ndim != 1 or not np.isfinite([low, high]).all():
+            raise ValueError(f"{checkpoint}: statistics of {unnorm_key!r}, {kind}: q01 and q99 must be finite numbers, "
+                             f"as many as dimensions; mend dataset_statistics.json or config.json")  # fmt: skip
+    return entry
 
 
 def prepare(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
@@ -143,7 +149,13 @@ def predict_tokens(policy: Policy, images, instructions: list[str], num_tokens: 
     mixed = bool((lengths != lengths[0]).any())
     pixel_values = policy.processor.normalize(pixels).to(weight.dtype)
     inputs = input_ids.to(weight.device), pixel_values, num_tokens, lengths.to(weight.device) if mixed else None
-    tokens, _ = policy.engine.generate(*inputs, draft) if policy.engine else policy.model.generate(*inputs)
+    if policy.engine:
+        return policy.engine.generate(*inputs, draft)[0].cpu()
+    tokens, logits = policy.model.generate(*inputs)
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{policy.checkpoint}: the answer is not finite; broken weights, or numbers beyond --dtype float16"
+        )
     return tokens.cpu()
 
 
@@ -159,16 +171,18 @@ def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", c
         raise ValueError(
             f"{policy.checkpoint} is an OFT policy, which answers with chunks: use predict_chunk of oft.py"
         )
+    if not isinstance(images, list | tuple) and np.ndim(images) != 4:
+        raise ValueError("images must be a list of pictures; of a single one, [picture]")
     instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
-    stats = action_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
-    draft = None
+    entry, draft = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint), None
+    stats, scheme = entry["action"], entry.get("scheme", "bounds_q99")
     if policy.engine:  # without a last action: that nothing moves
         previous = np.zeros((len(images), len(stats["q01"]))) if previous is None else previous
-        draft = torch.from_numpy(encode_action(normalize(previous, stats)))
+        draft = torch.from_numpy(encode_action(normalize(previous, stats, scheme)))
     tokens = predict_tokens(policy, images, instructions, len(stats["q01"]), crop, draft).numpy()
     if not is_action_id(tokens).all():
         warnings.warn(f"not an action: the model wrote ids {tokens.tolist()}; is it trained for robots?", stacklevel=2)
-    return unnormalize(decode_action(tokens), stats)
+    return unnormalize(decode_action(tokens), stats, scheme)
 
 
 def check_length(config: OpenVLAConfig, prompt_ids: list[int], new: int, pictures: int = 1):

@@ -342,6 +342,8 @@ def token_of(cfg: Config) -> str:
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
+    if not 0 < cfg.port < 65536:
+        fail(f"--port {cfg.port}: must be 1 to 65535")
     if cfg.host not in ("127.0.0.1", "localhost", "::1") and not token_of(cfg):
         fail(f"--host {cfg.host} lets other machines command the robot; give a --token, too")
     try:

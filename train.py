@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from checkpoint import check_folder, fingerprint, refuse_quantized
 from configurator import configure, fail
-from data import Mixture, Positions, make_loader, open_mixture, warn_actions
+from data import Mixture, Positions, make_loader, open_mixture, scheme_of, warn_actions
 from image import ImageProcessor
 from metrics import Log, Window, count, plot_curves, total
-from model import OpenVLA, OpenVLAConfig, write_atomically, write_json
+from model import INDEX, OpenVLA, OpenVLAConfig, write_atomically, write_json
 from tokenizer import PAD, Tokenizer, make_standin, prompt_for
 
 
@@ -194,6 +194,18 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted(path.parent for path in (run / "checkpoints").glob("step-*/train.json"))
 
 
+def set_aside(run: Path, step: int):
+    """Checkpoints of later steps are another run's, now that this one starts at `step`: they would be taken for it."""
+    later = [folder for folder in complete_checkpoints(run) if int(folder.name[5:]) > step]
+    if later and main_process():
+        n = sum(1 for _ in run.glob("checkpoints-before-*")) + 1
+        (run / f"checkpoints-before-{n}").mkdir()
+        for folder in later:
+            folder.rename(run / f"checkpoints-before-{n}" / folder.name)
+        print(f"checkpoints beyond step {step} are now in {run}/checkpoints-before-{n}")
+    barrier()
+
+
 def load(folder: Path, model, optimizer) -> int:
     """Read a step-NNNNNN folder, saved by any number of processes, in place. Returns the number of steps done."""
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
@@ -225,6 +237,7 @@ def export(run: Path, model: OpenVLA, tokenizer: Tokenizer, processor: ImageProc
         whole.load_state_dict(weights, assign=True)
         whole.unused, whole.cfg.extra = model.unused, {**model.cfg.extra, "norm_stats": stats}
         write_preparation(run / "checkpoint", tokenizer, processor, stats)
+        (run / "checkpoint" / INDEX).unlink(missing_ok=True)  # killed now, it is none rather than half an old one
         bf16 = cfg.bf16 and torch.cuda.is_available()
         whole.save_pretrained(run / "checkpoint", torch.bfloat16 if bf16 else torch.float32)
     barrier()
@@ -269,6 +282,11 @@ def check_config(cfg: Config, world: int, run: Path):
     for key, known in choices.items():
         if getattr(cfg, key) not in known:
             raise ValueError(f"--{key} {getattr(cfg, key)!r} is none of {', '.join(known)}")
+    for key in ("batch_size", "micro_batch_size", "max_steps", "log_every", "save_every", "keep_checkpoints"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"--{key} {getattr(cfg, key)}: must be 1 or more")
+    if not 0 <= cfg.hold_out < 1:
+        raise ValueError(f"--hold_out {cfg.hold_out}: must be a share, at least 0 and below 1")
     if cfg.batch_size % (cfg.micro_batch_size * world):
         raise ValueError(
             f"batch_size {cfg.batch_size} is no multiple of micro_batch_size {cfg.micro_batch_size} x {world} processes"
@@ -359,7 +377,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "train", views, action_chunk, cfg.hold_out, skip)
     if cfg.val_every and not all(len(d) for d, _ in open_validation(cfg, views, action_chunk)):
         raise ValueError("--val_every: there is no validation split, and --hold_out 0 leaves nothing for one")
-    stats = {d.name: d.statistics for d, _ in parts}
+    stats = {d.name: d.statistics | scheme_entry(d) for d, _ in parts}
     model, tokenizer, processor = make(cfg)
     n_all = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -391,6 +409,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
             raise ValueError(f"{newest[0]}: its frozen parts are not the weights that {cfg.base_checkpoint} holds now")
         step = load(newest[0], model, optimizer)
 
+    set_aside(run, step)
     mixture = Mixture(parts, tokenizer, processor.size, cfg.seed, cfg.image_aug, action_chunk)
     positions = Positions(cfg.batch_size, cfg.micro_batch_size, rank, world, step)
     batches = iter(make_loader(mixture, positions, cfg.num_workers, pin_memory=cuda))
@@ -463,6 +482,11 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     return metrics
 
 
+def scheme_entry(dataset) -> dict:
+    """Statistics do not tell which of them became -1 and 1; only where it is not q01 and q99 that is written down."""
+    return {"scheme": scheme_of(dataset)} if scheme_of(dataset) != "bounds_q99" else {}
+
+
 def open_validation(cfg: Config, views, action_chunk) -> list:
     return open_mixture(cfg.data_root_dir, cfg.data_mix, "val", views, action_chunk, cfg.hold_out)
 
@@ -508,7 +532,7 @@ def main(cfg: Config):
         import toy
 
         cfg.run_dir = cfg.run_dir or "runs/toy"
-        if not (Path(cfg.data_root_dir) / "toy").is_dir():
+        if not (Path(cfg.data_root_dir) / "toy" / "1.0.0").is_dir():
             splits = dict(train=toy.demonstrations(toy.TRAIN, cfg.toy_episodes), val=toy.demonstrations(toy.VAL, 20))
             print(f"{cfg.toy_episodes} demonstrations in {toy.write_rlds(cfg.data_root_dir, splits)}")
         train(cfg)

@@ -63,7 +63,9 @@ class Reader:
         lengths = torch.full((len(input_ids),), input_ids.shape[1]) if lengths is None else lengths
         mean, std = (torch.tensor(v[0]).view(3, 1, 1) for v in (self.processor.means, self.processor.stds))
         pictures = ((pixel_values[:, :3] * std + mean) * 255).round().permute(0, 2, 3, 1).numpy()
-        return torch.stack([self.answer(*row) for row in zip(input_ids, lengths, pictures, strict=True)]), None
+        return torch.stack([self.answer(*row) for row in zip(input_ids, lengths, pictures, strict=True)]), torch.zeros(
+            1
+        )
 
     def answer(self, ids, length, picture) -> torch.Tensor:
         ids = ids[:length].tolist()

