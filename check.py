@@ -17,6 +17,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -49,8 +50,8 @@ CLOSE = 0.02  # of a dimension's range: statistics that differ by less are the s
 class Config:
     checkpoint: str = ""  # folder in Hugging Face layout, or a LoRA run
     data_root_dir: str = ""
-    data_mix: str = ""  # a dataset of oxe.py (of a mixture, the first one)
-    training_config: str = ""  # config file of the training run, if it is what adds the dataset to oxe.py
+    data_mix: Any = ""  # a dataset of oxe.py (of a mixture, the first one); "": that of --training_config
+    training_config: str = ""  # config file of the training run, if it adds the dataset to oxe.py, or has its data_mix
     split: str = "train"  # or val
     unnorm_key: str = ""  # "": the dataset's name, or the checkpoint's only one
     episodes: int = 16  # to look at, from all over the dataset
@@ -378,13 +379,14 @@ def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]]):
 
 
 def main(command: str, cfg: Config) -> int:
-    if not cfg.data_root_dir or not cfg.data_mix:
-        fail("give --data_root_dir DIR and --data_mix NAME")
+    settings = read_config_file(cfg.training_config) if cfg.training_config else {}
+    cfg.data_mix = cfg.data_mix or settings.get("data_mix", "")
+    cfg.data_root_dir = cfg.data_root_dir or settings.get("data_root_dir", "")
+    if not cfg.data_mix or (isinstance(cfg.data_mix, str) and not cfg.data_root_dir):
+        fail("give --data_root_dir DIR and --data_mix NAME, or the --training_config that has them")
     try:
         dtype = sample.pick_dtype(cfg.dtype)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        if cfg.training_config:
-            read_config_file(cfg.training_config)
         if command == "data":
             return check_data(cfg)
         if not cfg.checkpoint:
