@@ -88,16 +88,8 @@ class Samples(Dataset):
         )
 
 
-def open_mixture(
-    data_root_dir,
-    data_mix,
-    split="train",
-    views=("primary",),
-    action_chunk=1,
-    hold_out=0.05,
-    skip_bad_records=False,
-    progress=NO_BAR,
-) -> list[tuple[Dataset, float]]:
+def open_mixture(data_root_dir, data_mix, split="train", views=("primary",), action_chunk=1, hold_out=0.05,
+                 skip_bad_records=False, progress=NO_BAR) -> list[tuple[Dataset, float]]:  # fmt: skip
     """
     [(dataset, weight)] for a mixture or a dataset of oxe.py, or for a list of (what, weight) where `what` is a name, an
     oxe.Dataset row with a name, or a dataset object. Raises with the nearest names, or with what is missing, at once.

@@ -109,20 +109,23 @@ def findings(dataset, actions, episodes, idle: float, lengths: np.ndarray, silen
     warned = [line.removeprefix(f"{dataset.name}: ") for line in warn_actions(dataset.name, stats)]
     lines = [line for line in warned if "gripper" not in line]
     last = len(low) - 1 if not masked[-1] else len(low)  # the gripper's number, if there is one
-    for i in np.flatnonzero(low == high)[np.flatnonzero(low == high) < last]:
-        lines.append(f"action dimension {i} never moves, it is always {low[i]:.3g}")
+    still = [i for i in range(last) if low[i] == high[i]]
+    lines += [f"action dimension {i} never moves, it is always {low[i]:.3g}" for i in still]
     out = [("spread", True, line) for line in lines] or [("spread", False, "every dimension moves")]
     if last < len(low):
         beyond = [("gripper", True, line) for line in warned if "gripper" in line]
         out += beyond or [("gripper", *gripper(low[-1], high[-1], actions[:, -1], episodes))]
-    rate, short = copying(actions, episodes, stats), (lengths < 5).sum()
+    out.append(("idle", idle > 0.3, f"{idle:.0%} of the steps are idle (nothing moves)"))
+    if len(lengths):
+        short = (lengths < 5).sum()
+        out.append(("episodes", short > 0, f"{short} of {len(lengths)} episodes are shorter than 5 frames"))
+    if not np.isnan(rate := copying(actions, episodes, stats)):
+        found = f"repeating the last action is {rate:.0%} as far off as the mean action"
+        out.append(("control rate", rate < 0.1, found))
     return out + [
-        ("idle", idle > 0.3, f"{idle:.0%} of the steps are idle (nothing moves)"),
-        ("episodes", short > 0, f"{short} of {len(lengths)} episodes are shorter than 5 frames"),
-        ("control rate", rate < 0.1, f"repeating the last action is {rate:.0%} as far off as the mean action"),
         ("words", silent > 0, f"{silent:.1%} of the frames have no instruction"),
         ("records", len(bad) > 0, f"{len(bad)} bad records are left out: {'; '.join(bad[:3])}".rstrip(": ")),
-    ]  # fmt: skip
+    ]
 
 
 def gripper(low: float, high: float, said: np.ndarray, episodes: np.ndarray | None) -> tuple[bool, str]:
