@@ -63,9 +63,12 @@ class Samples(Dataset):
         self.samples = samples if hasattr(samples, "__getitem__") and hasattr(samples, "__len__") else list(samples)
         self.name, actions = name, []
         for i in range(len(self.samples)):
-            if missing := {"image", "action", "instruction"} - self.samples[i].keys():
-                raise ValueError(f"{name}: sample {i} has no {sorted(missing)}, its keys are {sorted(self.samples[i])}")
-            actions.append(np.asarray(self.samples[i]["action"], np.float32))
+            sample = self.samples[i]
+            if missing := {"image", "action", "instruction"} - sample.keys():
+                raise ValueError(f"{name}: sample {i} has no {sorted(missing)}, its keys are {sorted(sample)}")
+            if not isinstance(sample["instruction"], str):
+                raise ValueError(f"{name}: sample {i} has instruction {sample['instruction']!r}, which is no str")
+            actions.append(np.asarray(sample["action"], np.float32))
             if actions[i].shape != actions[0].shape or actions[i].ndim != 1 or not np.isfinite(actions[i]).all():
                 raise ValueError(f"{name}: sample {i} has action {actions[i]}, expected finite {actions[0].shape}")
         if not actions:

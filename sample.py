@@ -79,7 +79,9 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
     processor = ImageProcessor.from_pretrained(home_of(checkpoint, "preprocessor_config.json"))
     if is_oft(checkpoint) and not processor.trained_on:  # released OFT folders have no record of it; this is theirs
         processor.trained_on = ("lanczos3", "center_crop")
-    stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
+    stored = getattr(torch, kind := str(config.extra.get("torch_dtype", "bfloat16")), None)
+    if not isinstance(stored, torch.dtype):
+        raise ValueError(f"{checkpoint}: config.json has torch_dtype {kind!r}; it must be bfloat16, float32 or float16")
     dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
     if is_oft(checkpoint):
         from oft import load_oft

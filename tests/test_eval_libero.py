@@ -19,6 +19,7 @@ import oxe
 import regenerate
 import rlds
 import simulator as S
+from configurator import configure
 from metrics import wilson
 from rlds_writer import jpeg
 
@@ -297,9 +298,10 @@ def test_resume_after_a_kill(tmp_path):
         (["--policy", "noop", "--num_envs", "0"], "at least 1"),
     ],
 )
-def test_bad_options(options, message):
-    done = subprocess.run([sys.executable, "eval_libero.py", *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr
+def test_bad_options(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        E.main(configure(E.Config, options))
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_absent_simulator_says_what_to_install(monkeypatch):

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sample
+import serve
+from configurator import configure
 
 requests = pytest.importorskip("requests", reason="pip install -r requirements-serve.txt")
 json_numpy = pytest.importorskip("json_numpy", reason="pip install -r requirements-serve.txt")
@@ -304,7 +306,6 @@ def test_chunks_and_a_length(server):
 
 def test_one_bad_request_in_a_batch(monkeypatch):
     """An error in the model is the answer of the one that it is due to."""
-    import serve
 
     def ask(policy, some, crop):
         if any(r["bad"] for r in some):
@@ -353,8 +354,6 @@ def test_clients_that_have_gone(folder, monkeypatch):
     """Who hangs up while others are answered is not computed for; the next one is."""
     import uvicorn
 
-    import serve
-
     answered = []
 
     def act(policy, some, crop):
@@ -398,12 +397,14 @@ def test_full_queue(folder):
     assert set(codes) <= {200, 429} and codes.count(200) > 0 and codes.count(429) > 0
 
 
-def test_command_line(folder):
+def test_command_line(folder, capsys):
     for argv, reason in (
         (["--checkpoint", "nowhere"], "no such checkpoint"),
         (["--checkpoint", str(folder), "--unnorm_key", "x"], "the checkpoint has: bridge_orig, toy"),
         (["--checkpoint", str(folder), "--host", "0.0.0.0"], "give a --token"),
+        (["--checkpoint", str(folder), "--port", "99999"], "must be 1 to 65535"),
         ([], "--checkpoint"),
     ):
-        run = subprocess.run([sys.executable, "serve.py", *argv], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 2 and reason in run.stderr and "Traceback" not in run.stderr
+        with pytest.raises(SystemExit) as end:
+            serve.main(configure(serve.Config, argv))
+        assert end.value.code == 2 and reason in capsys.readouterr().err
