@@ -123,7 +123,7 @@ def data(cfg: Config):
     from tokenizer import Tokenizer, make_standin
 
     if "BENCH_LIMIT" in os.environ:  # on one core: CPU seconds to decode and resize one picture
-        dataset = open_mixture(cfg.data_root_dir, cfg.data_mix)[0][0]
+        dataset = open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=True)[0][0]
         pictures = [dataset[i]["pictures"][0] for i in range(0, min(len(dataset), 400), 2)]
         start = time.process_time()
         for picture in pictures:
@@ -132,7 +132,7 @@ def data(cfg: Config):
     peak = Peak()
     with tempfile.TemporaryDirectory() as tmp:
         make_standin(Path(tmp) / "tokenizer.model")
-        parts = open_mixture(cfg.data_root_dir, cfg.data_mix)
+        parts = open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=True)
         mixture = Mixture(parts, Tokenizer(tmp), image_aug=cfg.image_aug)
         loader = iter(make_loader(mixture, Positions(cfg.batch_size, cfg.batch_size), cfg.num_workers))
         next(loader)

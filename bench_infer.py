@@ -38,7 +38,7 @@ def trajectories(cfg: Config, policy: sample.Policy) -> list[tuple[list, str]]:
         from data import open_mixture
         from image import decode
 
-        ((dataset, _),) = open_mixture(cfg.data_root_dir, cfg.data_mix)
+        ((dataset, _),) = open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=True)
         episodes: dict = {}
         for i in range(min(cfg.inputs, len(dataset))):
             frame = dataset[i]

@@ -391,7 +391,7 @@ def main(command: str, cfg: Config) -> int:
             return check_data(cfg)
         if not cfg.checkpoint:
             fail("give --checkpoint FOLDER")
-        dataset = open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split)[0][0]
+        dataset = open_mixture(cfg.data_root_dir, cfg.data_mix, cfg.split, skip_bad_records=True)[0][0]
         if not len(dataset):
             fail(f"{dataset.name} has no frames in its {cfg.split} split; choose the other --split")
         policy = sample.load(cfg.checkpoint, dtype, sample.pick_device(cfg.device))

@@ -103,9 +103,6 @@ def open_mixture(data_root_dir, data_mix, split="train", views=("primary",), act
         raise ValueError(error.args[0]) from None
     options = dict(split=split, views=views, action_chunk=action_chunk, hold_out=hold_out)
     options |= dict(skip_bad_records=skip_bad_records, progress=progress)
-    for what, _ in parts:
-        if not isinstance(what, str):
-            check_object(what, split, len(views), action_chunk)
     return [(RLDS(data_root_dir, what, **options) if isinstance(what, str) else what, weight) for what, weight in parts]
 
 
@@ -306,7 +303,8 @@ def make_loader(mixture: Mixture, positions: Positions, num_workers: int = 0, pi
             os.environ.setdefault(name, "1")
         try:
             parts = [(getattr(d, "samples", d), getattr(d, "row", None) or d) for d in mixture.datasets]
-            pickle.dumps([(type(own), getattr(row, "standardize", None)) for own, row in parts])
+            functions = [getattr(row, k, None) for _, row in parts for k in ("standardize", "keep_frames")]
+            pickle.dumps((functions, [type(own) for own, _ in parts]))
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data"])
         except (pickle.PicklingError, AttributeError):

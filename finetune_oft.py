@@ -24,7 +24,7 @@ import finetune_lora
 import oxe
 import train
 from configurator import configure
-from data import open_mixture, scheme_of
+from data import scheme_of
 from metrics import count_actions
 from oft import HEADS, OFT, OFTConfig, predict_chunk, save_components
 
@@ -48,7 +48,7 @@ class Config(finetune_lora.Config):
 
 def build(cfg: Config):
     """The base checkpoint with adapters, held by an OFT whose new parts train whole, in float32."""
-    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "train", cfg.views, cfg.action_chunk)
+    parts = train.open_data(cfg, "train", cfg.views, cfg.action_chunk)
     (oft, name), *others = [(oft_config(cfg, dataset), dataset.name) for dataset, _ in parts]
     for other, its in others:
         if other != oft:

@@ -90,10 +90,13 @@ def still_steps(actions: np.ndarray, episodes: np.ndarray | None, absolute_mask)
     return still[counts] if counts.any() else np.zeros((1, len(span)), bool)
 
 
-def copying(actions: np.ndarray, episodes: np.ndarray | None, stats: dict) -> float:
-    """How far off repeating the last action is, as a share of how far off the mean action is; NaN if nothing tells."""
+def copying(actions: np.ndarray, episodes: np.ndarray | None, stats: dict, absolute_mask) -> float:
+    """
+    How far off repeating the last action is, as a share of how far off the mean action is; NaN if nothing tells.
+    Positions, unlike movements, are like the ones before at any rate, and are left out.
+    """
     low, high, mean = (np.asarray(stats[k], np.float64) for k in ("q01", "q99", "mean"))
-    moving = action_mask(stats) & (high - low >= 1e-4)
+    moving = action_mask(stats) & (high - low >= 1e-4) & ~np.asarray(absolute_mask)
     if episodes is None or not moving.any() or (episodes[1:] != episodes[:-1]).all():
         return float("nan")
     x = ((actions - mean) / np.maximum(high - low, 1e-4))[:, moving]
@@ -119,7 +122,7 @@ def findings(dataset, actions, episodes, idle: float, lengths: np.ndarray, silen
     if len(lengths):
         short = (lengths < 5).sum()
         out.append(("episodes", short > 0, f"{short} of {len(lengths)} episodes are shorter than 5 frames"))
-    if not np.isnan(rate := copying(actions, episodes, stats)):
+    if not np.isnan(rate := copying(actions, episodes, stats, dataset.absolute_mask)):
         found = f"repeating the last action is {rate:.0%} as far off as the mean action"
         out.append(("control rate", rate < 0.1, found))
     return out + [

@@ -21,6 +21,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -158,7 +159,7 @@ def source_of(function) -> str:
                         todo.append(value)
                 elif isinstance(value, int | float | str | tuple | list | dict | np.ndarray):
                     found[name] = repr(value)
-    return repr(sorted(found.items()))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(found.items())))  # functions in a table: by name only
 
 
 def open_index(folder: Path, name: str, row: oxe.Dataset, skip_bad_records: bool = False, progress=NO_BAR) -> Path:

@@ -104,8 +104,8 @@ def no_record(policy: Policy) -> str:
     """What to say of a fine-tuned model that does not say what its pictures went through."""
     if policy.processor.trained_on or not (Path(policy.checkpoint) / "dataset_statistics.json").is_file():
         return ""
-    return (f"{policy.checkpoint} does not say how its pictures were prepared, so whole ones are shown; the official "
-            f"script fine-tunes on 90 % crops (LIBERO's models, too): for those give --center_crop True")  # fmt: skip
+    return (f"{policy.checkpoint} does not say how its pictures were prepared, so whole ones are shown, as to "
+            f"openvla-7b. What the official script fine-tuned (LIBERO) had 90 % crops: --center_crop True")  # fmt: skip
 
 
 def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
@@ -124,11 +124,10 @@ def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
         what = f"unknown unnorm_key {unnorm_key!r}" if unnorm_key else "several datasets and no unnorm_key"
         raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
     entry = norm_stats[unnorm_key]
-    for kind in [kind for kind in ("action", "proprio") if kind == "action" or kind in entry]:
-        low, high = (np.asarray(entry.get(kind, {}).get(q, np.nan), np.float64) for q in ("q01", "q99"))
-        if low.shape != high.shape or low.ndim != 1 or not np.isfinite([low, high]).all():
-            raise ValueError(f"{checkpoint}: statistics of {unnorm_key!r}, {kind}: q01 and q99 must be finite numbers, "
-                             f"as many as dimensions; mend dataset_statistics.json or config.json")  # fmt: skip
+    low, high = (np.asarray(entry.get("action", {}).get(q, np.nan), np.float64) for q in ("q01", "q99"))
+    if low.shape != high.shape or low.ndim != 1 or not np.isfinite([low, high]).all():
+        raise ValueError(f"{checkpoint}: statistics of {unnorm_key!r}, action: q01 and q99 must be finite numbers, "
+                         f"as many as dimensions; mend dataset_statistics.json or config.json")  # fmt: skip
     return entry
 
 

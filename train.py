@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from checkpoint import check_folder, fingerprint, refuse_quantized
+from checkpoint import ADAPTER_WEIGHTS, check_folder, fingerprint, refuse_quantized
 from configurator import configure, fail
-from data import Mixture, Positions, make_loader, open_mixture, scheme_of, warn_actions
+from data import Mixture, Positions, check_object, make_loader, open_mixture, scheme_of, warn_actions
 from image import ImageProcessor
 from metrics import Log, Window, count, plot_curves, total
 from model import INDEX, OpenVLA, OpenVLAConfig, write_atomically, write_json
+from rlds import NO_BAR
 from tokenizer import PAD, Tokenizer, make_standin, prompt_for
 
 
@@ -88,9 +90,10 @@ class Config:
 
 
 # What a resumed run may not change, of this script's options and those of finetune_*.py; and what it says if it does
-SAME = {"hold_out", "image_aug", "random_model", "train_parts", "batch_size", "seed", "lora_rank", "lora_alpha"}
-SAME |= {"lora_targets", "quantize_base", "action_chunk", "views", "use_proprio", "head", "film"}
-TOLD = {"lr", "schedule", "warmup_steps", "decay_step", "weight_decay", "beta2", "grad_clip", "lora_dropout", "bf16"}
+SAME = {"data_mix", "hold_out", "image_aug", "random_model", "train_parts", "batch_size", "seed", "lora_rank"}
+SAME |= {"lora_alpha", "lora_targets", "quantize_base", "action_chunk", "views", "use_proprio", "head", "film"}
+TOLD = {"max_steps", "lr", "schedule", "warmup_steps", "decay_step", "weight_decay", "beta2", "grad_clip", "bf16"}
+TOLD |= {"lora_dropout"}
 
 # -----------------------------------------------------------------------------
 # Pieces
@@ -198,7 +201,7 @@ def set_aside(run: Path, step: int):
     """Checkpoints of later steps are another run's, now that this one starts at `step`: they would be taken for it."""
     later = [folder for folder in complete_checkpoints(run) if int(folder.name[5:]) > step]
     if later and main_process():
-        n = sum(1 for _ in run.glob("checkpoints-before-*")) + 1
+        n = next(n for n in count_from(1) if not (run / f"checkpoints-before-{n}").exists())
         (run / f"checkpoints-before-{n}").mkdir()
         for folder in later:
             folder.rename(run / f"checkpoints-before-{n}" / folder.name)
@@ -219,7 +222,10 @@ def load(folder: Path, model, optimizer) -> int:
 
 def check_same(folder: Path, before: dict, now: dict):
     """A run goes on as the one that it was: raise ValueError where that is not so, print what else has changed."""
+    before = {"hold_out": 0.05} | before  # what it was before it could be set
     for key in now.keys() & before.keys():
+        if " at 0x" in f"{before[key]}{now[key]}":  # objects, which have no lasting name
+            continue
         if before[key] != now[key] and key in SAME:
             raise ValueError(f"{folder}: trained with {key} {before[key]!r}, now it is {now[key]!r}; give the same, "
                              f"or another --run_dir, or --resume never to start anew")  # fmt: skip
@@ -371,12 +377,11 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     # data, model, optimizer
     show = lambda files, title: tqdm(files, title, unit="file", leave=False, disable=not main_process())  # noqa: E731
     if rank == 0:  # the index is made once; the others find it
-        open_mixture(cfg.data_root_dir, cfg.data_mix, skip_bad_records=cfg.skip_bad_records, progress=show)
+        open_data(cfg, "train", views, action_chunk, show)
     barrier()
-    skip = cfg.skip_bad_records
-    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, "train", views, action_chunk, cfg.hold_out, skip)
-    if cfg.val_every and not all(len(d) for d, _ in open_validation(cfg, views, action_chunk)):
-        raise ValueError("--val_every: there is no validation split, and --hold_out 0 leaves nothing for one")
+    parts = open_data(cfg, "train", views, action_chunk)
+    if cfg.val_every and not any(len(d) for d, _ in open_data(cfg, "val", views, action_chunk)):
+        raise ValueError(f"--val_every: no validation split, and --hold_out {cfg.hold_out:g} leaves no episode for one")
     stats = {d.name: d.statistics | scheme_entry(d) for d, _ in parts}
     model, tokenizer, processor = make(cfg)
     n_all = sum(p.numel() for p in model.parameters())
@@ -396,7 +401,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
     if newest:
         before = json.loads((newest[0] / "train.json").read_text())
-        if before["statistics"] != stats:
+        if without_scheme(before["statistics"]) != without_scheme(stats):
             raise ValueError(
                 f"{newest[0]}: trained with statistics of {sorted(before['statistics'])} that are not those of the "
                 f"data now, {sorted(stats)}; give the same data, or --resume never to start anew"
@@ -476,10 +481,16 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
         print(f"stopped after step {step}; resume with: {' '.join([Path(sys.executable).name, *sys.argv])}")
         raise SystemExit(130 if stop[0] == signal.SIGINT else 143)
     if started >= cfg.max_steps:
-        write(run, model, tokenizer, processor, stats, cfg)  # it may have been killed before that
+        if not exported(run, newest[0]):  # killed before that
+            write(run, model, tokenizer, processor, stats, cfg)
         if main_process():
             print(f"{run} is already trained to step {step}; raise --max_steps, or --resume never starts anew")
     return metrics
+
+
+def without_scheme(stats: dict) -> dict:
+    """As runs wrote it that are older than that entry."""
+    return {name: {k: v for k, v in entry.items() if k != "scheme"} for name, entry in stats.items()}
 
 
 def scheme_entry(dataset) -> dict:
@@ -487,14 +498,26 @@ def scheme_entry(dataset) -> dict:
     return {"scheme": scheme_of(dataset)} if scheme_of(dataset) != "bounds_q99" else {}
 
 
-def open_validation(cfg: Config, views, action_chunk) -> list:
-    return open_mixture(cfg.data_root_dir, cfg.data_mix, "val", views, action_chunk, cfg.hold_out)
+def exported(run: Path, saved: Path) -> bool:
+    """Whether what sample.py reads (model, or adapter) is there, and is newer than a checkpoint of the training."""
+    files = [run / "checkpoint" / INDEX, run / ADAPTER_WEIGHTS]
+    return any(f.is_file() and f.stat().st_mtime >= (saved / "train.json").stat().st_mtime for f in files)
+
+
+def open_data(cfg: Config, split: str, views, action_chunk: int, progress=NO_BAR) -> list:
+    """The datasets, as training wants them. Raises ValueError for a dataset object that gives something else."""
+    skip = cfg.skip_bad_records
+    parts = open_mixture(cfg.data_root_dir, cfg.data_mix, split, views, action_chunk, cfg.hold_out, skip, progress)
+    for what, _ in [] if isinstance(cfg.data_mix, str) else cfg.data_mix:
+        if not isinstance(what, str):
+            check_object(what, split, len(views), action_chunk)
+    return parts
 
 
 @torch.no_grad()
 def validate(model, cfg: Config, processor, tokenizer, device: str, forward, views, action_chunk) -> dict:
     """Loss and action metrics on the first frames of the validation split, the same ones each time."""
-    parts = open_validation(cfg, views, action_chunk)
+    parts = open_data(cfg, "val", views, action_chunk)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     positions = Positions(cfg.micro_batch_size * world, cfg.micro_batch_size, rank, world)
     window = Window(len(parts), device)

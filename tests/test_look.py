@@ -141,6 +141,9 @@ def test_a_high_control_rate_and_a_turned_gripper(tmp_path, capsys, no_histogram
     assert verdicts(report(Episodes([50] * 4, samples), tmp_path, capsys)) == [bad]
     for i, sample in enumerate(samples):
         sample["action"] = np.append(np.sin(np.arange(6) + i / 60), i % 50 > 30).astype(np.float32)
+    places = Episodes([50] * 4, samples)
+    places.absolute_mask = (True,) * 7  # positions are like those before
+    assert not any("repeating" in line for line in verdicts(report(places, tmp_path, capsys)))
     assert verdicts(report(Episodes([50] * 4, samples), tmp_path, capsys)) == [
         "the gripper is open (1) in 0% of the episodes at their start",
         "repeating the last action is 2% as far off as the mean action",

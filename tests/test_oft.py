@@ -363,13 +363,31 @@ def test_several_datasets_make_one_model(world, tmp_path, monkeypatch):
 
 def test_objects_that_do_not_fit():
     """Single actions are no chunks: padded with nothing they would teach standing still."""
-    from data import Samples, open_mixture
+    from data import Samples
+    from train import Config, open_data
 
     mine = Samples([dict(image=np.zeros((8, 8, 3), np.uint8), action=np.ones(7), instruction="go")] * 3)
     with pytest.raises(ValueError, match="gives 1 actions at a time, training wants 8"):
-        open_mixture("", [(mine, 1.0)], action_chunk=8)
+        open_data(Config(data_mix=[(mine, 1.0)]), "train", ("primary",), 8)
     with pytest.raises(ValueError, match="gives 1 pictures at a time, training wants 2"):
-        open_mixture("", [(mine, 1.0)], views=("primary", "wrist"))
+        open_data(Config(data_mix=[(mine, 1.0)]), "train", ("primary", "wrist"), 1)
+
+
+def test_objects_that_give_chunks(world, tmp_path):
+    import finetune_oft as F
+    import train
+    from data import Samples
+
+    class Chunks(Samples):
+        action_chunk = 3
+
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"actions": np.full((3, 7), 0.1 * i, np.float32)}
+
+    rows = [dict(image=np.zeros((8, 8, 3), np.uint8), action=np.full(7, 0.1 * i), instruction="go") for i in range(5)]
+    options = world[1] | dict(data_mix=[(Chunks(rows), 1.0)], max_steps=1)
+    cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), use_proprio=False)
+    assert np.isfinite(train.train(cfg, F.build, F.export, F.forward, cfg.views, 3)["loss"])
 
 
 def test_no_chunk_crosses_the_end(world):

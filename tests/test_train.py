@@ -257,7 +257,7 @@ def test_activation_checkpointing_and_validation_change_nothing(config, tmp_path
     run("plain", "--activation_checkpointing", "False", "--hold_out", "0.2")
     out = run("both", "--val_every", "2", "--val_batches", "2", "--hold_out", "0.2")
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "both"), abs=1e-6) and out["val/loss"] > 0
-    with pytest.raises(ValueError, match="--hold_out 0 leaves nothing"):
+    with pytest.raises(ValueError, match="--hold_out 0 leaves no episode"):
         run("none", "--val_every", "2", "--hold_out", "0")
     with pytest.raises(ValueError, match="mine is an object without a validation split"):
         train_here(config("object", "--val_every", "2"))
@@ -337,6 +337,12 @@ def test_a_run_goes_on_as_what_it_was(config, tmp_path, capsys):
             train_here(config("run", *options))
     train_here(config("run", "--lr", "1e-4", "--max_steps", "3"))
     assert "from here on lr is 0.0001, it was 0.003" in capsys.readouterr().out
+    note = tmp_path / "run" / "checkpoints" / "step-000003" / "train.json"
+    saved = json.loads(note.read_text())
+    assert saved["config"].pop("hold_out") == 0.05  # as runs from before there was such an option
+    note.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="trained with hold_out 0.05, now it is 0.1"):
+        train_here(config("run", "--hold_out", "0.1"))
 
 
 @pytest.mark.parametrize("max_steps", ["2", "1"])
@@ -348,6 +354,10 @@ def test_killed_before_the_export(config, tmp_path, capsys, max_steps):
     train_here(config("run", "--max_steps", max_steps))
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[k], after[k]) for k in before)
+    index = tmp_path / "run" / "checkpoint" / "model.safetensors.index.json"
+    written = index.stat().st_mtime_ns
+    train_here(config("run", "--max_steps", max_steps))  # whole: it is left alone
+    assert index.stat().st_mtime_ns == written
     assert "already trained to step 2" in capsys.readouterr().out
 
 
@@ -356,6 +366,10 @@ def test_anew_beside_older_checkpoints(config, tmp_path, capsys):
     train_here(config("run", "--max_steps", "4", "--save_every", "2"))
     train_here(config("run", "--max_steps", "3", "--save_every", "1", "--resume", "never"))
     found = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").glob("check*/step-*"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints-before-1")
+    train_here(config("run", "--max_steps", "2", "--resume", "never"))
+    (tmp_path / "run" / "checkpoints-before-1").rename(tmp_path / "run" / "checkpoints-before-2")
+    train_here(config("run", "--max_steps", "1", "--resume", "never"))  # the first free number
     steps = [f"checkpoints-before-1/step-00000{i}" for i in (2, 4)] + [f"checkpoints/step-00000{i}" for i in (2, 3)]
     assert found == sorted(steps) and "beyond step 0 are now in" in capsys.readouterr().out
 
