@@ -3,7 +3,6 @@ What `bench.py serve` does: many clients ask serve.py at once, each with a pictu
 the answer is theirs; once with batches, once with one request at a time.
 """
 
-import base64
 import json
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import torch
 import sample
 import toy
 from bench import Config, report
+from serve import decode_array, encode_array
 
 BATCHES = dict(batched=16, one_by_one=1)
 
@@ -32,8 +32,7 @@ def serve(cfg: Config):
     wanted = [sample.predict_action(policy, [p], [w], cfg.unnorm_key)[0] for p, w in zip(pictures, words, strict=True)]
     bodies = []
     for picture, text in zip(pictures, words, strict=True):
-        image = dict(__numpy__=base64.b64encode(picture).decode(), dtype="|u1", shape=picture.shape)
-        bodies.append(json.dumps(dict(image=image, instruction=text)))
+        bodies.append(json.dumps(dict(image=encode_array(picture), instruction=text)))
     rows = dict(checkpoint=cfg.checkpoint, clients=cfg.clients, seconds=cfg.seconds)
     for name, max_batch in BATCHES.items():
         with socket.socket() as s:
@@ -61,8 +60,7 @@ def serve(cfg: Config):
                     start = time.perf_counter()
                     try:
                         answer = session.post(f"{url}/act", data=bodies[i], timeout=60)  # noqa: B023
-                        action = np.frombuffer(base64.b64decode(answer.json()["__numpy__"]))
-                        assert np.abs(action - wanted[i]).max() < 1e-6
+                        assert np.abs(decode_array(answer.json()) - wanted[i]).max() < 1e-6
                         took.append(time.perf_counter() - start)  # noqa: B023
                     except Exception as error:  # refused, lost, or another's
                         wrong.append(error)  # noqa: B023

@@ -30,6 +30,7 @@ from configurator import configure, fail, read_config_file
 from data import open_mixture, scheme_of, to_picture
 from image import center_crop, decode, to_rgb
 from look import look, spread
+from metrics import plot_actions
 from tokenizer import (
     BLANK,
     PAD,
@@ -118,7 +119,7 @@ def say_in_training(policy, frames: dict, A: int, cfg: Config) -> np.ndarray:
     weight = model.language_model.model.norm.weight
     for i in range(0, len(frames["raw"]), cfg.batch_size):
         pictures = [to_picture(p, policy.processor.size) for p in frames["raw"][i : i + cfg.batch_size]]
-        if "center_crop" in (policy.processor.trained_on or ()):  # the middle of what random crops show
+        if sample.crops(policy):  # the middle of what random crops show
             pictures = [center_crop(p) for p in pictures]
         ids = [prompt_in_training(policy, t, A) for t in frames["texts"][i : i + cfg.batch_size]]
         ids, lengths = pad_sequences(ids, PAD)
@@ -163,10 +164,10 @@ def check_policy(policy, dataset, cfg: Config) -> int:
     )  # fmt: skip
 
     trained_on = policy.processor.trained_on  # empty for checkpoints of the official code; then `pictures` has to tell
-    crops = "center_crop" in (trained_on or ()) if cfg.center_crop is None else cfg.center_crop
+    crops = sample.crops(policy, cfg.center_crop)
     if trained_on:
         verdict(
-            crops == ("center_crop" in trained_on),
+            crops == sample.crops(policy),
             "centre crop", f"the robot's side shows {'the middle' if crops else 'the whole'} of each picture; "
             f"trained on {', '.join(trained_on)}",
             "all is larger or smaller, and elsewhere, than it was in training; some tasks forgive that, most do not",
@@ -246,7 +247,9 @@ def check_policy(policy, dataset, cfg: Config) -> int:
     parts.sort(key=lambda part: -l1[part[1]].mean())
     for e, rows in parts[:3]:
         print(f"     frames {e[0]} to {e[-1]}: L1 {l1[rows].mean():.4f}, {frames['texts'][rows.start]!r}")
-    plot_actions(path := Path(cfg.out) / "policy.png", [(true[rows], acted[rows]) for _, rows in parts[:6]])
+    labels = [f"{n} ({u})" if u else n for n, u in sample.UNITS]
+    labels = dict(enumerate(labels if A == len(labels) else [f"a{i}" for i in range(A)]))
+    plot_actions(path := Path(cfg.out) / "policy.png", [(true[rows], acted[rows]) for _, rows in parts[:6]], labels)
     print(f"     {path}: what the data does and what the policy says, worst episodes first")
     return verdict.failed
 
@@ -351,31 +354,6 @@ def check_data(cfg: Config) -> int:
         for cause, wrong, line in look(dataset, weight, cfg.out):
             verdict(not wrong, f"{dataset.name}, {cause}", line, *CAUSES[cause])
     return verdict.failed
-
-
-def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]]):
-    """True (black) and said (red) actions (T, A) of some episodes, side by side, a row for each dimension."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    A = episodes[0][0].shape[1]
-    names = [f"{n} ({u})" if u else n for n, u in sample.UNITS]
-    names = names if A == len(names) else [f"a{i}" for i in range(A)]
-    true, said = (np.concatenate(x) for x in zip(*episodes, strict=True))
-    figure, axes = plt.subplots(A, 1, figsize=(11, 1.3 * A), sharex=True, squeeze=False)
-    for i, axis in enumerate(axes[:, 0]):
-        axis.step(range(len(true)), true[:, i], where="mid", color="black", label="data")
-        axis.step(range(len(said)), said[:, i], where="mid", color="tab:red", linestyle="--", label="policy")
-        for end in np.cumsum([len(t) for t, _ in episodes])[:-1]:
-            axis.axvline(end - 0.5, color="lightgrey")
-        axis.set_ylabel(names[i], fontsize=8)
-    axes[0, 0].legend(ncols=2, fontsize=7, loc="upper right")
-    axes[-1, 0].set_xlabel(f"frames of {len(episodes)} episodes")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main(command: str, cfg: Config) -> int:

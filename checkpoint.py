@@ -87,6 +87,14 @@ def check_folder(folder: str | Path) -> OpenVLAConfig:
     return config
 
 
+def stored_dtype(config: OpenVLAConfig, folder: str | Path) -> torch.dtype:
+    """What config.json says that the weights are in. Raises ValueError if it is no dtype."""
+    name = str(config.extra.get("torch_dtype", "bfloat16"))
+    if not isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"{folder}: config.json has torch_dtype {name!r}; it must be bfloat16, float32 or float16")
+    return dtype
+
+
 def refuse_quantized(config: OpenVLAConfig, folder: str | Path):
     """Raise for what needs the weights themselves: training, merging, adapters, OFT."""
     if config.extra.get("quantization"):

@@ -34,8 +34,8 @@ from tqdm import tqdm
 import oxe
 from configurator import configure, fail
 from image import augment, decode, resize_lanczos3, to_rgb
-from rlds import NO_BAR, RLDS
-from tokenizer import PAD, Tokenizer, action_mask, normalize, pad_sequences
+from rlds import HOLD_OUT, NO_BAR, RLDS
+from tokenizer import PAD, SCHEME, Tokenizer, action_mask, normalize, pad_sequences
 
 BLOCK = 4096  # positions of the stream after which the shares of a mixture are exact again
 
@@ -91,7 +91,7 @@ class Samples(Dataset):
         )
 
 
-def open_mixture(data_root_dir, data_mix, split="train", views=("primary",), action_chunk=1, hold_out=0.05,
+def open_mixture(data_root_dir, data_mix, split="train", views=("primary",), action_chunk=1, hold_out=HOLD_OUT,
                  skip_bad_records=False, progress=NO_BAR) -> list[tuple[Dataset, float]]:  # fmt: skip
     """
     [(dataset, weight)] for a mixture or a dataset of oxe.py, or for a list of (what, weight) where `what` is a name, an
@@ -118,18 +118,19 @@ def check_object(dataset, split: str, views: int, action_chunk: int):
         raise ValueError(f"{dataset.name} is an object without a validation split; --val_every 0")
 
 
-def warn_actions(name: str, stats: dict) -> list[str]:
-    """
-    One line for each normalised dimension that hardly moves: dividing by q99 - q01 would blow its noise up. One for a
-    gripper, which is not normalised, beyond 0 and 1: it would become one bin.
-    """
+def warn_constant(stats: dict) -> list[str]:
+    """One line for each normalised dimension that hardly moves: dividing by q99 - q01 would blow its noise up."""
     span = np.asarray(stats["q99"]) - np.asarray(stats["q01"])
     small = (span < 1e-4) & action_mask(stats) & (np.asarray(stats["min"]) != np.asarray(stats["max"]))
-    lines = [f"{name}: action dimension {i} hardly moves (q99 - q01 = {span[i]:.1e})" for i in np.flatnonzero(small)]
+    return [f"action dimension {i} hardly moves (q99 - q01 = {span[i]:.1e})" for i in np.flatnonzero(small)]
+
+
+def warn_gripper(stats: dict) -> list[str]:
+    """A line if the gripper, which is not normalised, goes beyond 0 and 1: it would become one bin."""
     low, high = stats["min"][-1], stats["max"][-1]
-    if not action_mask(stats)[-1] and (low < -0.01 or high > 1.01):
-        lines.append(f"{name}: the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)")
-    return lines
+    if action_mask(stats)[-1] or (low >= -0.01 and high <= 1.01):
+        return []
+    return [f"the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)"]
 
 
 # -----------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class Mixture(Dataset):
 
 def scheme_of(dataset) -> str:
     """How a dataset's actions and states are normalised: as its row in oxe.py says, if it has one."""
-    return dataset.row.scheme if hasattr(dataset, "row") else "bounds_q99"
+    return dataset.row.scheme if hasattr(dataset, "row") else SCHEME
 
 
 def to_picture(picture, size: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import check_folder
 from configurator import configure, fail
-from image import decode
+from image import WHOLE, decode
 from metrics import wilson
 from model import write_atomically, write_json
 from oft import predict_chunk
@@ -208,7 +208,7 @@ def main(cfg: Config):
         if (oft := getattr(policy.model, "oft", None)) and (oft.num_images != 1 or oft.proprio_dim not in (0, 7)):
             fail(f"{cfg.checkpoint} looks at {oft.num_images} pictures and {oft.proprio_dim} numbers; here are 1 and 7")
         if not policy.processor.trained_on:  # openvla-7b has no such record; Bridge was resized so, and not cropped
-            policy.processor.trained_on = ("lanczos3",)
+            policy.processor.trained_on = WHOLE
         robot = connect(service, cfg)
         write_json(out / "protocol.json", protocol)
         evaluate(robot, policy, cfg)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import regenerate
 from checkpoint import base_of
 from configurator import configure, fail
-from image import decode
+from image import CROPPED, decode
 from metrics import wilson
 from model import write_atomically, write_json
 from rlds_writer import jpeg
@@ -268,15 +268,15 @@ def where(job: dict) -> dict:
 def load_policy(cfg: Config):
     """Checkpoint -> (act, cameras, facts for the protocol). Raises ValueError or OSError before long work."""
     from oft import predict_chunk
-    from sample import load, pick_device, pick_dtype
+    from sample import crops, load, pick_device, pick_dtype
 
     device, dtype = pick_device(cfg.device), pick_dtype(cfg.dtype)
     policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
     processor, keys = policy.processor, policy.norm_stats
     if not processor.trained_on:  # a checkpoint of the official code has no such record; this is what it was trained on
-        processor.trained_on = ("lanczos3", "center_crop")
+        processor.trained_on = CROPPED
         say(f"{cfg.checkpoint} has no record of its preprocessing: taking the official one, {processor.trained_on}")
-    if cfg.center_crop is False and "center_crop" in processor.trained_on:
+    if cfg.center_crop is False and crops(policy):
         say("this policy was trained on random crops: without the centre crop it sees everything too small")
     key = cfg.unnorm_key or next((k for k in (cfg.task_suite, f"{cfg.task_suite}_no_noops") if k in keys), "")
     if key not in keys:
@@ -293,7 +293,7 @@ def load_policy(cfg: Config):
         chunks = predict_chunk(policy, pictures, instructions, np.stack(states), key, cfg.center_crop)
         return chunks[:, : cfg.open_loop or None]
 
-    crop = "center_crop" in processor.trained_on if cfg.center_crop is None else cfg.center_crop
+    crop = crops(policy, cfg.center_crop)
     files = [f for f in sorted(Path(cfg.checkpoint).iterdir()) if f.suffix in (".safetensors", ".pt")]
     weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     weights += [("base", str(base))] if (base := base_of(cfg.checkpoint)) else []

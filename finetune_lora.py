@@ -94,7 +94,7 @@ def toy_transfer(cfg: Config):
 
     if not Path(cfg.base_checkpoint).is_dir():
         raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
-    if not (Path(cfg.data_root_dir) / cfg.data_mix / "1.0.0").is_dir():
+    if not toy.is_written(cfg.data_root_dir, cfg.data_mix):
         episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, toy.CHANGED)
         toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
 

@@ -118,7 +118,7 @@ def toy_oft(cfg: Config):
 
     if not Path(cfg.base_checkpoint).is_dir():
         raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
-    if not (Path(cfg.data_root_dir) / cfg.data_mix / "1.0.0").is_dir():
+    if not toy.is_written(cfg.data_root_dir, cfg.data_mix):
         # no chunk crosses the end of an episode, so they have to be long enough; undisturbed, as nothing at a chunk's
         # start tells what will disturb its later steps
         calm, more = toy.World(noise=0.0), cfg.action_chunk - 1

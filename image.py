@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area, not of the side
+WHOLE, CROPPED = ("lanczos3",), ("lanczos3", "center_crop")  # `trained_on`, without and with augmentation
 
 
 def to_rgb(image) -> np.ndarray:

@@ -21,13 +21,15 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from rlds import HOLD_OUT
+
 
 class LeRobot(Dataset):
     """
     One split of a LeRobot folder: [i] -> dict of `pictures` [(H, W, 3) uint8 array, encoded bytes or path], `actions`
     (up to K, A) float32 from this step to the end of its episode, `instruction` str, `proprio` (P,) float32.
 
-    split: "train", or "val" for the last 5 % of the episodes. camera: a feature of the data, default the first.
+    split: "train", or "val" for the last episodes (rlds.HOLD_OUT). camera: a feature of the data, default the first.
     standardize: (T, A) -> (T, A'), the actions of an episode into your units, gripper last, 1 open and 0 closed.
     gripper=False: the last dimension is none, so normalise it too. absolute=True: actions are targets (joint angles),
     not changes; chunks repeat the last. Raises ImportError, FileNotFoundError, ValueError that name what would do.
@@ -41,7 +43,7 @@ class LeRobot(Dataset):
         self.table = read_numbers(self.episodes, standardize)
         lengths = np.array([e["length"] for e in self.episodes])
         self.episode, self.ends = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths)  # (N,), (episodes,)
-        cut = int(lengths[: round(0.95 * len(lengths))].sum())
+        cut = int(lengths[: round((1 - HOLD_OUT) * len(lengths))].sum())
         self.frames = {"train": range(cut), "val": range(cut, len(self.episode))}[split]
         last, A = self.table["action"][:, -1], self.table["action"].shape[1]
         if gripper and np.abs(last).max() > 1.1:  # ids would clip it to [-1, 1] without a word

@@ -105,18 +105,16 @@ def copying(actions: np.ndarray, episodes: np.ndarray | None, stats: dict, absol
 
 def findings(dataset, actions, episodes, idle: float, lengths: np.ndarray, silent: float) -> list[tuple]:
     """(cause, whether it is probably wrong, what was found). silent: share of frames without an instruction."""
-    from data import warn_actions  # data.py imports this file
+    from data import warn_constant, warn_gripper  # data.py imports this file
 
     stats, bad = dataset.statistics["action"], getattr(dataset, "meta", {}).get("bad_records", [])
     masked, (low, high) = action_mask(stats), (np.asarray(stats[k]) for k in ("min", "max"))
-    warned = [line.removeprefix(f"{dataset.name}: ") for line in warn_actions(dataset.name, stats)]
-    lines = [line for line in warned if "gripper" not in line]
     last = len(low) - 1 if not masked[-1] else len(low)  # the gripper's number, if there is one
     still = [i for i in range(last) if low[i] == high[i]]
-    lines += [f"action dimension {i} never moves, it is always {low[i]:.3g}" for i in still]
+    lines = warn_constant(stats) + [f"action dimension {i} never moves, it is always {low[i]:.3g}" for i in still]
     out = [("spread", True, line) for line in lines] or [("spread", False, "every dimension moves")]
     if last < len(low):
-        beyond = [("gripper", True, line) for line in warned if "gripper" in line]
+        beyond = [("gripper", True, line) for line in warn_gripper(stats)]
         out += beyond or [("gripper", *gripper(low[-1], high[-1], actions[:, -1], episodes))]
     out.append(("idle", idle > 0.3, f"{idle:.0%} of the steps are idle (nothing moves)"))
     if len(lengths):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -152,6 +153,31 @@ def import_or_say(module: str, package: str):
         return importlib.import_module(module)
     except ImportError:
         raise ValueError(f"{package} is not installed: pip install {package}, or leave the option out") from None
+
+
+def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]], labels: dict[int, str]):
+    """
+    Actions (T, A) of the data (black) and of the policy (red) in some episodes, side by side; a row for each dimension
+    in `labels`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    true, said = (np.concatenate(x) for x in zip(*episodes, strict=True))
+    figure, axes = plt.subplots(len(labels), 1, figsize=(11, 1.3 * len(labels)), sharex=True, squeeze=False)
+    for axis, (i, label) in zip(axes[:, 0], labels.items(), strict=True):
+        axis.step(range(len(true)), true[:, i], where="mid", color="black", label="data")
+        axis.step(range(len(said)), said[:, i], where="mid", color="tab:red", linestyle="--", label="policy")
+        for end in np.cumsum([len(t) for t, _ in episodes])[:-1]:
+            axis.axvline(end - 0.5, color="lightgrey")
+        axis.set_ylabel(label, fontsize=8)
+    axes[0, 0].legend(ncols=2, fontsize=7, loc="upper right")
+    axes[-1, 0].set_xlabel(f"frames of {len(episodes)} episodes")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def plot_curves(run: Path):

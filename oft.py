@@ -30,7 +30,7 @@ from checkpoint import OFT_RECORD as RECORD
 from checkpoint import base_of
 from lora import load_adapter
 from model import OpenVLA, is_unused, write_atomically, write_json
-from tokenizer import BLANK, EOS, PAD, SCHEMES, decode_action, normalize, pad_sequences, unnormalize
+from tokenizer import BLANK, EOS, PAD, SCHEME, SCHEMES, decode_action, normalize, pad_sequences, unnormalize
 
 HEADS = ("l1", "diffusion", "discrete")
 
@@ -46,7 +46,7 @@ class OFTConfig:
     head: str = "l1"  # one of HEADS
     film: bool = False  # the instruction modulates both ViTs
     diffusion_steps: int = 50
-    scheme: str = "bounds_q99"  # of actions and state: q01 and q99 become -1 and 1; "bounds" (ALOHA): min and max
+    scheme: str = SCHEME  # of actions and state: q01 and q99 become -1 and 1; "bounds" (ALOHA): min and max
 
 
 # -----------------------------------------------------------------------------

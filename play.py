@@ -20,7 +20,7 @@ import numpy as np
 
 import toy
 from configurator import configure, fail
-from metrics import wilson
+from metrics import plot_actions, wilson
 from oft import predict_chunk
 from sample import Policy, dataset_stats, load, predict_action
 
@@ -32,6 +32,9 @@ class Config:
     scenes: int = 200  # unseen ones
     open_loop: int = 0  # of an OFT policy: actions of a chunk that are carried out before the next question; 0: all
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
+
+
+MOVING = {0: "dx (m)", 1: "dy (m)", 2: "dz (m)", 6: "gripper"}  # dimensions of an action
 
 
 def play(policy: Policy, scenes: int, unnorm_key: str = "", open_loop: int = 1, **options) -> toy.Result:
@@ -57,7 +60,7 @@ def evaluate(policy: Policy, scenes: int, out: Path, unnorm_key: str = "") -> di
     trained = play(policy, scenes, unnorm_key, record=8)
     swapped = play(policy, scenes, unnorm_key, swap=True)
     toy.save_gif(out / "rollouts.gif", trained.episodes)
-    plot_actions(policy, out / "actions.png", unnorm_key)
+    plot_actions(out / "actions.png", compare(policy, unnorm_key), MOVING)
     weights = {k: v.clone() for k, v in policy.model.state_dict().items()}
     policy.model.init_weights(seed=1)
     with warnings.catch_warnings():
@@ -71,30 +74,13 @@ def evaluate(policy: Policy, scenes: int, out: Path, unnorm_key: str = "") -> di
     return {f"toy/{name}": float(ok.mean()) for name, ok in rows.items()}
 
 
-def plot_actions(policy: Policy, path: Path, unnorm_key: str = "", episodes: int = 4):
-    """What the policy says against what the expert did, over whole unseen episodes, where something moves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = list(toy.demonstrations(toy.VAL, episodes))
-    true = np.concatenate([e["action"] for e in shown])  # (T, A)
-    images = [image for e in shown for image in e["image"][: len(e["action"])]]
-    texts = [e["instruction"] for e in shown for _ in e["action"]]
-    said = predict_action(policy, images, texts, unnorm_key)
-    figure, axes = plt.subplots(4, 1, figsize=(10, 6), sharex=True)
-    for axis, i, name in zip(axes, (0, 1, 2, 6), ("dx (m)", "dy (m)", "dz (m)", "gripper"), strict=True):
-        axis.step(range(len(true)), true[:, i], where="mid", label="expert", color="black")
-        axis.step(range(len(true)), said[:, i], where="mid", label="policy", color="tab:red", linestyle="--")
-        for end in np.cumsum([len(e["action"]) for e in shown])[:-1]:
-            axis.axvline(end - 0.5, color="lightgrey")
-        axis.set_ylabel(name)
-    axes[0].legend(ncols=2, loc="upper right", fontsize=8)
-    axes[-1].set_xlabel(f"steps of {episodes} unseen episodes")
-    figure.tight_layout()
-    figure.savefig(path, dpi=70)
-    plt.close(figure)
+def compare(policy: Policy, unnorm_key: str, episodes: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What the expert did in unseen episodes, and what the policy says to the same pictures, (T, A) each."""
+    out = []
+    for e in toy.demonstrations(toy.VAL, episodes):
+        T = len(e["action"])
+        out.append((e["action"], predict_action(policy, e["image"][:T], [e["instruction"]] * T, unnorm_key)))
+    return out
 
 
 def main(cfg: Config):

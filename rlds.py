@@ -33,6 +33,7 @@ import oxe
 from model import write_json
 from tokenizer import normalize
 
+HOLD_OUT = 0.05  # of the episodes of a dataset without a validation split: not trained on
 NO_BAR = lambda files, title: files  # noqa: E731
 
 
@@ -305,7 +306,7 @@ class RLDS:
     """
 
     def __init__(self, data_root_dir, name: str, split="train", row: oxe.Dataset | None = None, views=("primary",),
-                 action_chunk: int = 1, skip_bad_records=False, progress=NO_BAR, hold_out=0.05):  # fmt: skip
+                 action_chunk: int = 1, skip_bad_records=False, progress=NO_BAR, hold_out=HOLD_OUT):  # fmt: skip
         self.name, self.row, self.views, self.action_chunk = name, row or oxe.lookup(name), tuple(views), action_chunk
         self.folder = find_dataset(Path(data_root_dir).expanduser(), name)
         if missing := [view for view in views if not self.row.images.get(view)]:
@@ -347,8 +348,8 @@ class RLDS:
     def find_usable(self) -> np.ndarray:
         """Numbers of the frames that may start a sample (memory-mapped; found once per split and chunk length)."""
         first, last = self.episode_range
-        keep = f"-{zlib.crc32(source_of(self.row.keep_frames).encode()):x}" if self.row.keep_frames else ""
-        path = self.index / f"usable-{self.split}-{first}-{last}-{self.action_chunk}{keep}"
+        rule = f"-{zlib.crc32(source_of(self.row.keep_frames).encode()):x}" if self.row.keep_frames else ""
+        path = self.index / f"usable-{self.split}-{first}-{last}-{self.action_chunk}{rule}"
         if not path.is_file():
             tmp = path.with_name(f".{path.name}.{os.getpid()}")
             try:

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+VERSION = "1.0.0"
+
 
 def varint(n: int) -> bytes:
     return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
@@ -116,8 +118,8 @@ def write_examples(folder: str | Path, splits: dict[str, Iterable[bytes]], shape
     Write encoded episodes to folder/name/1.0.0, `shard` of them to a file. Returns that folder, which appears when it
     is whole and takes the place of an older one. shapes: as `shapes_of`, looked at last.
     """
-    to = Path(folder) / name / "1.0.0"
-    tmp, infos = to.with_name(".1.0.0.tmp"), []
+    to = Path(folder) / name / VERSION
+    tmp, infos = to.with_name(f".{VERSION}.tmp"), []
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     for split, records in splits.items():
@@ -129,7 +131,7 @@ def write_examples(folder: str | Path, splits: dict[str, Iterable[bytes]], shape
             (tmp / f"part-{i}").rename(tmp / f"{name}-{split}.tfrecord-{i:05d}-of-{len(lengths):05d}")
         template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
         infos.append(dict(name=split, filepathTemplate=template, numBytes=str(total), shardLengths=lengths))
-    info = dict(name=name, version="1.0.0", fileFormat="tfrecord", moduleName=name, splits=infos)
+    info = dict(name=name, version=VERSION, fileFormat="tfrecord", moduleName=name, splits=infos)
     (tmp / "features.json").write_text(json.dumps(features_json(shapes), indent=2))
     (tmp / "dataset_info.json").write_text(json.dumps(info, indent=2))
     shutil.rmtree(to, ignore_errors=True)

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import base_of, check_folder, home_of, is_oft
+from checkpoint import base_of, check_folder, home_of, is_oft, stored_dtype
 from configurator import configure, fail
-from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
+from image import CROPPED, ImageProcessor, center_crop, resize_lanczos3, to_rgb
 from model import OpenVLA, OpenVLAConfig
 from tokenizer import (
     PAD,
+    SCHEME,
     Tokenizer,
     decode_action,
     encode_action,
@@ -78,10 +79,8 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
     tokenizer = Tokenizer(home_of(checkpoint, "tokenizer.model"), prompt_for(config.extra))
     processor = ImageProcessor.from_pretrained(home_of(checkpoint, "preprocessor_config.json"))
     if is_oft(checkpoint) and not processor.trained_on:  # released OFT folders have no record of it; this is theirs
-        processor.trained_on = ("lanczos3", "center_crop")
-    stored = getattr(torch, kind := str(config.extra.get("torch_dtype", "bfloat16")), None)
-    if not isinstance(stored, torch.dtype):
-        raise ValueError(f"{checkpoint}: config.json has torch_dtype {kind!r}; it must be bfloat16, float32 or float16")
+        processor.trained_on = CROPPED
+    stored = stored_dtype(config, checkpoint)
     dtype = dtype or (stored if device == "cpu" else torch.bfloat16)
     if is_oft(checkpoint):
         from oft import load_oft
@@ -131,13 +130,18 @@ def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     return entry
 
 
+def crops(policy: Policy, crop: bool | None = None) -> bool:
+    """Whether the policy is shown the middle of a picture only. crop None: as it was trained."""
+    return "center_crop" in policy.processor.trained_on if crop is None else crop
+
+
 def prepare(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
     """Anything `to_rgb` takes -> (size, size, 3) uint8, by the same steps as the pictures this model learned from."""
     image, done = to_rgb(image), policy.processor.trained_on
     if "lanczos3" in done:
         image = resize_lanczos3(image, policy.processor.size)
     image = policy.processor.resize(image)
-    return center_crop(image) if crop or (crop is None and "center_crop" in done) else image
+    return center_crop(image) if crops(policy, crop) else image
 
 
 def predict_tokens(policy: Policy, images, instructions: list[str], num_tokens: int, crop=None, draft=None):
@@ -176,7 +180,7 @@ def predict_action(policy: Policy, images, instructions, unnorm_key: str = "", c
         raise ValueError("images must be a list of pictures; of a single one, [picture]")
     instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
     entry, draft = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint), None
-    stats, scheme = entry["action"], entry.get("scheme", "bounds_q99")
+    stats, scheme = entry["action"], entry.get("scheme", SCHEME)
     if policy.engine:  # without a last action: that nothing moves
         previous = np.zeros((len(images), len(stats["q01"]))) if previous is None else previous
         draft = torch.from_numpy(encode_action(normalize(previous, stats, scheme)))
@@ -231,8 +235,8 @@ def main(cfg: Config):
         device = pick_device(cfg.device)
         policy = load(cfg.checkpoint, dtype, device, lambda names: tqdm(names, "loading", unit=" tensors", leave=False))
         loaded = time.perf_counter()
-        if cfg.center_crop is None and no_record(policy):
-            print(f"warning: {no_record(policy)}", file=sys.stderr)
+        if cfg.center_crop is None and (text := no_record(policy)):
+            print(f"warning: {text}", file=sys.stderr)
         if is_oft(cfg.checkpoint):
             from oft import predict_chunk
 

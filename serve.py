@@ -356,8 +356,8 @@ def main(cfg: Config):
             dataset_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
         bar = lambda names: tqdm(names, "loading", unit=" tensors", leave=False)  # noqa: E731
         policy = load(cfg.checkpoint, dtype, pick_device(cfg.device), bar)
-        if cfg.center_crop is None and no_record(policy):
-            print(f"warning: {no_record(policy)}", file=sys.stderr)
+        if cfg.center_crop is None and (text := no_record(policy)):
+            print(f"warning: {text}", file=sys.stderr)
         app = make_app(policy, cfg)
     except ModuleNotFoundError as error:
         fail(f"{error}; pip install -r requirements-serve.txt")

@@ -168,9 +168,10 @@ def is_action_id(ids):
 
 
 SCHEMES = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}  # which statistics become -1 and 1
+SCHEME = "bounds_q99"  # of all but ALOHA
 
 
-def normalize(x: np.ndarray, stats: dict, scheme: str = "bounds_q99") -> np.ndarray:
+def normalize(x: np.ndarray, stats: dict, scheme: str = SCHEME) -> np.ndarray:
     """
     Robot units -> [-1, 1], clipped, where stats["mask"] is true (absent: everywhere); unchanged elsewhere; 0 in a
     dimension that never changes. Scheme "normal": (x - mean) / std instead, never clipped. x (..., A), float32.
@@ -187,7 +188,7 @@ def normalize(x: np.ndarray, stats: dict, scheme: str = "bounds_q99") -> np.ndar
     return np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), np.float32(0), y)
 
 
-def unnormalize(y: np.ndarray, stats: dict, scheme: str = "bounds_q99") -> np.ndarray:
+def unnormalize(y: np.ndarray, stats: dict, scheme: str = SCHEME) -> np.ndarray:
     """[-1, 1] -> robot units (..., A), float64; dimensions outside stats["mask"] (the gripper) stay as they are."""
     y, (low, high) = np.asarray(y, np.float64), (np.asarray(stats[k], np.float64) for k in SCHEMES[scheme])
     return np.where(action_mask(stats), 0.5 * (y + 1) * (high - low) + low, y)

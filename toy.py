@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from rlds_writer import write_rlds
+from rlds_writer import VERSION, write_rlds
 
 SIZE, VIEW = 224, 0.3  # pixels and metres along an edge of the picture
 STEP, GRID = np.array([0.075, 0.075, 0.1]), np.array([0.025, 0.025, 0.1])  # longest and shortest move, metres
@@ -274,6 +274,11 @@ def save_gif(path: str | Path, episodes: list[dict], size: int = 160):
             pen.text((i * size + 4, 2), e["instruction"], "black")
         frames.append(frame.quantize(64, dither=Image.Dither.NONE))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0)
+
+
+def is_written(folder: str, name: str) -> bool:
+    """Whether the demonstrations are there, and not only a part that a killed run left."""
+    return (Path(folder) / name / VERSION).is_dir()
 
 
 if __name__ == "__main__":

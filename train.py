@@ -22,7 +22,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from checkpoint import ADAPTER_WEIGHTS, check_folder, fingerprint, refuse_quantized
+from checkpoint import ADAPTER_WEIGHTS, check_folder, fingerprint, refuse_quantized, stored_dtype
 from configurator import configure, fail
-from data import Mixture, Positions, check_object, make_loader, open_mixture, scheme_of, warn_actions
-from image import ImageProcessor
+from data import Mixture, Positions, check_object, make_loader, open_mixture, scheme_of, warn_constant, warn_gripper
+from image import CROPPED, WHOLE, ImageProcessor
 from metrics import Log, Window, count, plot_curves, total
 from model import INDEX, OpenVLA, OpenVLAConfig, write_atomically, write_json
-from rlds import NO_BAR
-from tokenizer import PAD, Tokenizer, make_standin, prompt_for
+from rlds import HOLD_OUT, NO_BAR
+from tokenizer import PAD, SCHEME, Tokenizer, make_standin, prompt_for
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Config:
     data_mix: Any = "bridge"  # mixture or dataset of oxe.py, or a list of (name or dataset object, weight)
     image_aug: bool = True  # random 90 % crops and colours; the checkpoint then asks for centre crops
     num_workers: int = 2  # processes that read and decode
-    hold_out: float = 0.05  # share of the episodes, of data without a validation split, that is not trained on
+    hold_out: float = HOLD_OUT  # share of the episodes, of data without a validation split, that is not trained on
     skip_bad_records: bool = False  # leave broken records out of the index and count them, instead of stopping
     # model
     base_checkpoint: str = ""  # folder in Hugging Face layout to start from
@@ -184,8 +183,7 @@ def save(run: Path, step: int, model, optimizer, cfg: Config, stats: dict, base:
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=work)
     if main_process():
-        about = dict(step=step, config=printable(cfg), statistics=stats, base=base)
-        write_json(work / "train.json", about)
+        write_json(work / "train.json", dict(step=step, config=printable(cfg), statistics=stats, base=base))
         shutil.rmtree(final, ignore_errors=True)
         work.rename(final)
         for old in complete_checkpoints(run)[: -cfg.keep_checkpoints]:
@@ -201,11 +199,13 @@ def set_aside(run: Path, step: int):
     """Checkpoints of later steps are another run's, now that this one starts at `step`: they would be taken for it."""
     later = [folder for folder in complete_checkpoints(run) if int(folder.name[5:]) > step]
     if later and main_process():
-        n = next(n for n in count_from(1) if not (run / f"checkpoints-before-{n}").exists())
-        (run / f"checkpoints-before-{n}").mkdir()
+        n = 1
+        while (aside := run / f"checkpoints-before-{n}").exists():
+            n += 1
+        aside.mkdir()
         for folder in later:
-            folder.rename(run / f"checkpoints-before-{n}" / folder.name)
-        print(f"checkpoints beyond step {step} are now in {run}/checkpoints-before-{n}")
+            folder.rename(aside / folder.name)
+        print(f"checkpoints beyond step {step} are now in {aside}")
     barrier()
 
 
@@ -222,7 +222,7 @@ def load(folder: Path, model, optimizer) -> int:
 
 def check_same(folder: Path, before: dict, now: dict):
     """A run goes on as the one that it was: raise ValueError where that is not so, print what else has changed."""
-    before = {"hold_out": 0.05} | before  # what it was before it could be set
+    before = {"hold_out": HOLD_OUT} | before  # what it was before it could be set
     for key in now.keys() & before.keys():
         if " at 0x" in f"{before[key]}{now[key]}":  # objects, which have no lasting name
             continue
@@ -330,7 +330,7 @@ def start(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
         refuse_quantized(config, cfg.base_checkpoint)
         tokenizer = Tokenizer(cfg.tokenizer or cfg.base_checkpoint, prompt_for(config.extra))
         processor = ImageProcessor.from_pretrained(cfg.base_checkpoint)
-        stored = getattr(torch, config.extra.get("torch_dtype", "bfloat16"))
+        stored = stored_dtype(config, cfg.base_checkpoint)
         return OpenVLA.from_pretrained(cfg.base_checkpoint, stored), tokenizer, processor
     config = OpenVLAConfig.from_dict(cfg.random_model)
     if not cfg.tokenizer:
@@ -383,11 +383,20 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     if cfg.val_every and not any(len(d) for d, _ in open_data(cfg, "val", views, action_chunk)):
         raise ValueError(f"--val_every: no validation split, and --hold_out {cfg.hold_out:g} leaves no episode for one")
     stats = {d.name: d.statistics | scheme_entry(d) for d, _ in parts}
+    newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
+    if newest:
+        before = json.loads((newest[0] / "train.json").read_text())
+        if without_scheme(before["statistics"]) != without_scheme(stats):
+            raise ValueError(
+                f"{newest[0]}: trained with statistics of {sorted(before['statistics'])} that are not those of the "
+                f"data now, {sorted(stats)}; give the same data, or --resume never to start anew"
+            )
+        check_same(newest[0], before["config"], printable(cfg))
     model, tokenizer, processor = make(cfg)
     n_all = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_disk(run, n_trained, n_all if write is export else n_trained, cfg.keep_checkpoints)
-    processor.trained_on = ("lanczos3", "center_crop") if cfg.image_aug else ("lanczos3",)
+    processor.trained_on = CROPPED if cfg.image_aug else WHOLE
     if cfg.activation_checkpointing:
         for block in blocks_of(model):
             block.forward = lambda *args, run_block=block.forward: recompute(run_block, *args, use_reentrant=False)
@@ -398,15 +407,7 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     model.train()
     optimizer = build_optimizer(model, cfg, fused=cuda or not sharded)
     step, base = 0, fingerprint(cfg.base_checkpoint) if n_trained < n_all and cfg.base_checkpoint else ""
-    newest = complete_checkpoints(run)[-1:] if cfg.resume == "auto" else [Path(cfg.resume)] * (cfg.resume != "never")
     if newest:
-        before = json.loads((newest[0] / "train.json").read_text())
-        if without_scheme(before["statistics"]) != without_scheme(stats):
-            raise ValueError(
-                f"{newest[0]}: trained with statistics of {sorted(before['statistics'])} that are not those of the "
-                f"data now, {sorted(stats)}; give the same data, or --resume never to start anew"
-            )
-        check_same(newest[0], before["config"], printable(cfg))
         if n_trained < n_all and before["config"]["base_checkpoint"] != cfg.base_checkpoint:
             raise ValueError(f"{newest[0]}: its frozen parts are in {before['config']['base_checkpoint']}, not in "
                              f"{cfg.base_checkpoint}; give that --base_checkpoint")  # fmt: skip
@@ -425,8 +426,9 @@ def train(cfg: Config, make=build, write=export, forward=forward, views=("primar
     if main_process():
         print(f"{n_trained / 1e6:.1f} M of {n_all / 1e6:.1f} M parameters train, "
               f"{sum(map(len, mixture.datasets)):,} frames in {len(parts)} datasets, from step {step}")  # fmt: skip
-        for line in [line for name, s in stats.items() for line in warn_actions(name, s["action"])]:
-            print(f"warning: {line}")
+        for name, action in ((name, s["action"]) for name, s in stats.items()):
+            for line in warn_constant(action) + warn_gripper(action):
+                print(f"warning: {name}: {line}")
     metrics, window, started = {}, Window(len(parts), device), step
     while step < cfg.max_steps and not stop:
         torch.manual_seed(cfg.seed + step * world + rank)  # for dropout; data has its own order
@@ -495,7 +497,7 @@ def without_scheme(stats: dict) -> dict:
 
 def scheme_entry(dataset) -> dict:
     """Statistics do not tell which of them became -1 and 1; only where it is not q01 and q99 that is written down."""
-    return {"scheme": scheme_of(dataset)} if scheme_of(dataset) != "bounds_q99" else {}
+    return {"scheme": scheme_of(dataset)} if scheme_of(dataset) != SCHEME else {}
 
 
 def exported(run: Path, saved: Path) -> bool:
@@ -555,7 +557,7 @@ def main(cfg: Config):
         import toy
 
         cfg.run_dir = cfg.run_dir or "runs/toy"
-        if not (Path(cfg.data_root_dir) / "toy" / "1.0.0").is_dir():
+        if not toy.is_written(cfg.data_root_dir, "toy"):
             splits = dict(train=toy.demonstrations(toy.TRAIN, cfg.toy_episodes), val=toy.demonstrations(toy.VAL, 20))
             print(f"{cfg.toy_episodes} demonstrations in {toy.write_rlds(cfg.data_root_dir, splits)}")
         train(cfg)

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,20 @@ def shared(path: str) -> Path:
         if (Path(place) / path).exists():
             return Path(place) / path
     pytest.skip(f"needs {path} in ../shared or in OPENVLA_TEST_DATA")
+
+
+def simulator():
+    """Skips the test where robosuite cannot be imported or cannot draw."""
+    probe = "import os; os.environ.update(MUJOCO_GL='egl', PYOPENGL_PLATFORM='egl'); import robosuite"
+    probe = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"needs the optional simulator, requirements-libero.txt: {probe.stderr.strip().splitlines()[-1]}")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def golden(name: str) -> tuple[dict, dict]:

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from common import GOLDENS, ROOT, shared
+from common import GOLDENS, ROOT, shared, simulator
 from safetensors.numpy import load_file
 
 import eval_libero as E
@@ -338,10 +338,7 @@ def test_a_chunk_is_carried_out_before_the_next_question():
 
 
 def evaluate(out, *options):
-    probe = "import os; os.environ.update(MUJOCO_GL='egl', PYOPENGL_PLATFORM='egl'); import robosuite"
-    probe = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
-    if probe.returncode:
-        pytest.skip(f"needs the optional simulator, requirements-libero.txt: {probe.stderr.strip().splitlines()[-1]}")
+    simulator()
     words = ["--out", out, "--assets", shared("libero/assets"), "--film", False, "--num_envs", 2, *options]
     command = [sys.executable, "eval_libero.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -19,7 +19,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from common import ROOT, shared
+from common import ROOT, free_port, shared, simulator
 from PIL import Image
 
 import toy
@@ -171,11 +171,9 @@ def run(command: str, place, more: str = "", typed: str = "") -> str:
     return out
 
 
-def simulator(place):
-    """Skips the test if there is none; else the folder of its assets is there."""
-    probe = "import os; os.environ.update(MUJOCO_GL='egl', PYOPENGL_PLATFORM='egl'); import robosuite"
-    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode:
-        pytest.skip("needs the optional simulator, requirements-libero.txt")
+def with_assets(place):
+    """The folder of the simulator's assets is there; skips the test if the simulator is not."""
+    simulator()
     if not (place / "libero_assets").exists():
         (place / "libero_assets").symlink_to(shared("libero/assets"))
 
@@ -184,9 +182,7 @@ def serve(command: str, place):
     """The server at a port that is free, and the README's curl commands, which ask it."""
     if not shutil.which("curl"):
         pytest.skip("needs curl")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     server = start(command.replace("8000", port), place)
     try:
         while True:
@@ -208,7 +204,7 @@ RUN = [c for c in COMMANDS if entry(c, SHORT) and not ASKS(c)]
 
 def check(command: str, place):
     if SIMULATED(command):
-        simulator(place)
+        with_assets(place)
     if "serve" in command:
         pytest.importorskip("uvicorn", reason="pip install -r requirements-serve.txt")
     if " serve.py" in command:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from common import ROOT, with_tokenizer
+from common import ROOT, free_port, with_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -41,9 +41,7 @@ def folder(folders, tmp_path_factory):
 
 def start(folder, *argv: str):
     """A server of its own process -> (process, its address), when it answers."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "serve.py", "--checkpoint", str(folder), "--port", str(port), "--dtype", "float32"]
     process = subprocess.Popen([*command, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
