@@ -67,7 +67,7 @@ def check_folder(folder: str | Path) -> OpenVLAConfig:
     with torch.device("meta"):
         model = OpenVLA(config)
     if config.extra.get("quantization"):
-        from quantize import prepare
+        from speed.quantize import prepare
 
         prepare(model)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}

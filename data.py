@@ -31,10 +31,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import oxe
 from configurator import configure, fail
+from formats import oxe
+from formats.rlds import HOLD_OUT, NO_BAR, RLDS
 from image import augment, decode, resize_lanczos3, to_rgb
-from rlds import HOLD_OUT, NO_BAR, RLDS
 from tokenizer import PAD, SCHEME, Tokenizer, action_mask, normalize, pad_sequences
 
 BLOCK = 4096  # positions of the stream after which the shares of a mixture are exact again
@@ -315,7 +315,7 @@ def make_loader(mixture: Mixture, positions: Positions, num_workers: int = 0, pi
 
 
 def main(cfg: Config):
-    from look import look
+    from diagnose.look import look
 
     if not cfg.data_root_dir:
         fail("--data_root_dir DIR is missing: the folder that holds the datasets")

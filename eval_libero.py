@@ -33,14 +33,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import regenerate
 from checkpoint import base_of
 from configurator import configure, fail
+from formats.write_rlds import jpeg
 from image import CROPPED, decode
-from metrics import wilson
-from model import write_atomically, write_json
-from rlds_writer import jpeg
-from simulator import (
+from libero_sim import regenerate
+from libero_sim.simulator import (
     CAMERAS,
     NOOP,
     SETTLE,
@@ -54,7 +52,9 @@ from simulator import (
     to_simulator,
     versions,
 )
-from simulator import tasks as tasks_of
+from libero_sim.simulator import tasks as tasks_of
+from metrics import wilson
+from model import write_atomically, write_json
 
 # Success in per cent, 500 episodes: README of openvla (LoRA; mean of three seeds), Table I of arXiv 2502.19645
 PUBLISHED = {"OpenVLA": dict(libero_spatial=84.7, libero_object=88.4, libero_goal=79.2, libero_10=53.7)}
@@ -160,7 +160,7 @@ def actor(sim: Simulator, job: dict, conn: Connection, cfg: Config) -> Callable[
         actions = iter(np.load(job["source"])["actions"])
         return lambda: next(actions, None)
     if cfg.policy == "expert":
-        from libero_expert import expert
+        from libero_sim.expert import expert
 
         return shoved(expert(sim), rng, cfg.shoves).__next__
 

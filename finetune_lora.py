@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-import nf4
 import train
 from configurator import configure
 from lora import PARTS, add_lora, merge, save_adapter
+from speed import nf4
 
 
 @dataclass
@@ -88,9 +88,9 @@ def check(cfg: Config):
 
 def toy_transfer(cfg: Config):
     """The toy world's model in a changed world: before, with adapters, and with all weights trained as long."""
-    import play
     import sample
-    import toy
+    from toy import play
+    from toy import world as toy
 
     if not Path(cfg.base_checkpoint).is_dir():
         raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")

@@ -21,10 +21,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import finetune_lora
-import oxe
 import train
 from configurator import configure
 from data import scheme_of
+from formats import oxe
 from metrics import count_actions
 from oft import HEADS, OFT, OFTConfig, predict_chunk, save_components
 
@@ -112,9 +112,9 @@ def check(cfg: Config):
 
 def toy_oft(cfg: Config):
     """The toy world's model as OFT: success, and how long an answer takes, beside the token model."""
-    import play
     import sample
-    import toy
+    from toy import play
+    from toy import world as toy
 
     if not Path(cfg.base_checkpoint).is_dir():
         raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
@@ -142,7 +142,7 @@ def toy_oft(cfg: Config):
 
 def latency(policy, unnorm_key: str, times: int = 50) -> float:
     """Seconds from picture and words to actions, one at a time: the median."""
-    import toy
+    from toy import world as toy
 
     scene, seconds = toy.make_scene(toy.TEST, 0, toy.World()), []
     picture = toy.draw(scene, toy.World())

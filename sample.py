@@ -87,7 +87,7 @@ def load(checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", prog
 
         model = load_oft(checkpoint, dtype, device, progress=progress)
     elif config.extra.get("quantization"):
-        from quantize import load_quantized
+        from speed.quantize import load_quantized
 
         model = load_quantized(checkpoint, dtype, device, progress)
     else:

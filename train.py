@@ -37,10 +37,10 @@ from tqdm import tqdm
 from checkpoint import ADAPTER_WEIGHTS, check_folder, fingerprint, refuse_quantized, stored_dtype
 from configurator import configure, fail
 from data import Mixture, Positions, check_object, make_loader, open_mixture, scheme_of, warn_constant, warn_gripper
+from formats.rlds import HOLD_OUT, NO_BAR
 from image import CROPPED, WHOLE, ImageProcessor
 from metrics import Log, Window, count, plot_curves, total
 from model import INDEX, OpenVLA, OpenVLAConfig, write_atomically, write_json
-from rlds import HOLD_OUT, NO_BAR
 from tokenizer import PAD, SCHEME, Tokenizer, make_standin, prompt_for
 
 
@@ -552,9 +552,9 @@ def main(cfg: Config):
         if not cfg.toy_episodes:
             train(cfg)
             return
-        import play
         import sample
-        import toy
+        from toy import play
+        from toy import world as toy
 
         cfg.run_dir = cfg.run_dir or "runs/toy"
         if not toy.is_written(cfg.data_root_dir, "toy"):

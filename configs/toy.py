@@ -4,8 +4,8 @@ The whole job in a small world, in about five minutes on two CPU cores: demonstr
     python train.py            (which is python train.py --config toy.py)
 """
 
-import oxe
-import toy as world
+from formats import oxe
+from toy import world as world
 
 oxe.DATASETS["toy"] = oxe.Dataset(primary="image", state=("state",))  # what toy.write_rlds writes
 

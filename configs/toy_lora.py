@@ -5,7 +5,7 @@ Two minutes on two CPU cores, and as long again for all weights, to compare. Nee
     python finetune_lora.py            (which is python finetune_lora.py --config toy_lora.py)
 """
 
-import oxe
+from formats import oxe
 
 oxe.DATASETS["toy_changed"] = oxe.Dataset(primary="image", state=("state",))
 

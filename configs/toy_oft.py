@@ -4,7 +4,7 @@ The toy world's model as OFT: eight actions in one forward pass. Needs `python t
     python finetune_oft.py            (which is python finetune_oft.py --config toy_oft.py)
 """
 
-import oxe
+from formats import oxe
 
 oxe.DATASETS["toy_chunks"] = oxe.Dataset(primary="image", state=("state",))
 

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from bench.common import write_random_checkpoint
 from common import ROOT
-
-from bench import write_random_checkpoint
 
 
 def bench(*argv: str) -> dict:

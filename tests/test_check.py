@@ -13,14 +13,14 @@ import torch
 from common import ROOT, make_folder, with_tokenizer
 from PIL import Image
 
-import check
-import oxe
 import sample
-import toy
 from configurator import configure
 from data import Samples
-from rlds_writer import write_rlds
+from diagnose import check
+from formats import oxe
+from formats.write_rlds import write_rlds
 from tokenizer import BLANK, PROMPT_VICUNA, decode_action, encode_action, unnormalize
+from toy import world as toy
 
 A, SIDE, FRAME = 7, 224, 4
 WORDS = ["pick up the can", "open the drawer"]

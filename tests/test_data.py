@@ -15,10 +15,9 @@ import torch
 from common import ROOT, shared
 
 import data
-import oxe
-import rlds
 from configurator import configure
 from data import Mixture, Positions, Samples, chunk, collate, make_loader, open_mixture, shuffled
+from formats import oxe, rlds
 from image import decode, resize_lanczos3
 from tokenizer import Tokenizer, normalize
 
@@ -312,7 +311,7 @@ STRIDE = 2
 
 def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
     """A constant of a standardise function, one that keep_frames uses, the kind of action, the bad records."""
-    import toy
+    from toy import world as toy
 
     toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
     row = oxe.Dataset(primary="image", standardize=scaled, state=(), keep_frames=every_second)
@@ -343,7 +342,7 @@ def test_the_newest_version_is_the_largest_number(tmp_path):
 
 
 def test_functions_of_a_config_file_go_to_workers(tmp_path, llama):
-    import toy
+    from toy import world as toy
 
     toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
     (tmp_path / "c.py").write_text(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from common import with_tokenizer
 
-import engine as engine_module
 import sample
-from engine import Engine
 from model import OpenVLA
+from speed import engine as engine_module
+from speed.engine import Engine
 from tokenizer import NUM_BINS, VOCAB_SIZE, is_action_id
 
 N = 7

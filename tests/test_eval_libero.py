@@ -15,13 +15,12 @@ from safetensors.numpy import load_file
 
 import eval_libero as E
 import image
-import oxe
-import regenerate
-import rlds
-import simulator as S
 from configurator import configure
+from formats import oxe, rlds
+from formats.write_rlds import jpeg
+from libero_sim import regenerate
+from libero_sim import simulator as S
 from metrics import wilson
-from rlds_writer import jpeg
 
 PROTOCOL = dict(task_suite="libero_spatial", policy="noop")
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from common import ROOT
 
-import oxe
 import sample
-import toy
 import train
 from configurator import configure
+from formats import oxe
 from tokenizer import make_standin
+from toy import world as toy
 
 FILES = {p.stem: p for p in ROOT.glob("*.py")}
 CAPS = {"model": 450, "tokenizer": 220, "data": 450, "oxe": 900, "configurator": 120}

@@ -13,10 +13,10 @@ av = pytest.importorskip("av", reason="needs `pip install pyarrow av`")
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
-import lerobot  # noqa: E402
 from data import Mixture  # noqa: E402
+from formats import lerobot  # noqa: E402
+from formats.lerobot import LeRobot  # noqa: E402
 from image import decode, to_rgb  # noqa: E402
-from lerobot import LeRobot  # noqa: E402
 from tokenizer import Tokenizer, make_standin, normalize  # noqa: E402
 
 FPS, LENGTHS, TASKS = 10, [7, 12, 5, 9], ["pick up the cup", "open the drawer"]

@@ -10,9 +10,9 @@ import pytest
 from common import ROOT, shared
 from PIL import Image
 
-import look as look_file
 from data import Samples
-from look import look, spread, still_steps
+from diagnose import look as look_file
+from diagnose.look import look, spread, still_steps
 
 N = 200
 
@@ -198,7 +198,7 @@ def test_lerobot(tmp_path, capsys, monkeypatch):
         pytest.importorskip(package, reason="needs `pip install pyarrow av`")
     import test_lerobot
 
-    import lerobot
+    from formats import lerobot
 
     folder, decoded = test_lerobot.make(tmp_path / "robot", "v3.0"), []
     read = lerobot.read_frame

@@ -19,12 +19,12 @@ from test_train import CONFIG
 
 import finetune_lora
 import lora
-import nf4
 import sample
 import train
 from checkpoint import check_folder
 from configurator import configure
 from model import OpenVLA, OpenVLAConfig, is_unused
+from speed import nf4
 from tokenizer import make_standin
 
 INFO = json.loads((GOLDENS / "tiny-lora.golden.json").read_text())

@@ -11,9 +11,9 @@ from common import GOLDENS, golden, shared
 
 import image
 import oft as O
-import oxe
 from checkpoint import is_oft
 from configurator import configure
+from formats import oxe
 from image import ImageProcessor
 from tokenizer import PAD, PROMPT, Tokenizer, normalize, pad_sequences, unnormalize
 
@@ -204,8 +204,8 @@ def test_what_a_folder_must_say(folders, tmp_path, policies):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny token model, and demonstrations long enough for chunks of three."""
-    import oxe
-    import toy
+    from formats import oxe
+    from toy import world as toy
     from train import Config, train
 
     root = tmp_path_factory.mktemp("world")
@@ -227,11 +227,11 @@ def world(tmp_path_factory):
 def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     """finetune_oft.py -> run folder -> the same chunks from the run and from the merged folder -> closed loop."""
     import finetune_oft as F
-    import play
     import sample
-    import toy
     import train
     from lora import merge
+    from toy import play
+    from toy import world as toy
 
     root, options = world
     cfg = F.Config(
@@ -297,7 +297,7 @@ def test_film_and_heads_are_trained(world, tmp_path):
 
 def test_state_of_libero_has_eight_numbers(monkeypatch):
     import finetune_oft as F
-    import oxe
+    from formats import oxe
 
     monkeypatch.setattr(oxe, "DATASETS", dict(oxe.DATASETS))
     F.read_states_as_oft("libero_4_task_suites_no_noops")
@@ -307,8 +307,8 @@ def test_state_of_libero_has_eight_numbers(monkeypatch):
 
 
 def test_aloha_is_normalised_by_minimum_and_maximum(world):
-    import oxe
     from data import Mixture, open_mixture, scheme_of
+    from formats import oxe
 
     root, _ = world
     assert oxe.lookup("aloha1_fold_shirt_30_demos").scheme == "bounds"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oxe
+from formats import oxe
 
 # What each standardise function reads: "path:kind", kinds explained in `column`.
 DELTA = "action.world_vector:3 action.rotation_delta:3 observation.natural_language_instruction:s "

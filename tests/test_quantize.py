@@ -9,11 +9,11 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bench
-import quantize
 import sample
+from bench import common as bench
 from checkpoint import check_folder
 from configurator import configure
+from speed import quantize
 
 
 @pytest.fixture(scope="module")

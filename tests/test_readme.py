@@ -19,12 +19,12 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from bench.common import write_random_checkpoint
 from common import ROOT, free_port, shared, simulator
 from PIL import Image
 
-import toy
-from bench import write_random_checkpoint
-from rlds_writer import write_rlds
+from formats.write_rlds import write_rlds
+from toy import world as toy
 
 TEXT = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci" / "run").read_text()

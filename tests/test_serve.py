@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sample
-import serve
 from configurator import configure
+from robots import serve
 
 requests = pytest.importorskip("requests", reason="pip install -r requirements-serve.txt")
 json_numpy = pytest.importorskip("json_numpy", reason="pip install -r requirements-serve.txt")

@@ -5,9 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 
-import rlds
-import toy
+from formats import rlds
 from tokenizer import BLANK, Tokenizer, make_standin
+from toy import world as toy
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,14 @@ from common import ROOT, golden, pixels, shared
 from safetensors.torch import load_file
 
 import model
-import oxe
-import rlds
-import toy
 import train
 from checkpoint import check_folder
 from configurator import configure
 from data import Samples
+from formats import oxe, rlds
 from model import OpenVLA
 from tokenizer import PAD, make_standin
+from toy import world as toy
 
 
 def test_loss_accuracy_and_l1_as_in_the_official_loop(models):

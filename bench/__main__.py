@@ -186,19 +186,19 @@ def bench_infer(cfg: Config):
 
 
 def bench_drafts(cfg: Config):
-    from bench_infer import drafts
+    from bench.infer import drafts
 
     drafts(cfg)
 
 
 def bench_agree(cfg: Config):
-    from bench_infer import agree
+    from bench.infer import agree
 
     agree(cfg)
 
 
 def bench_serve(cfg: Config):
-    from bench_serve import serve
+    from bench.server import serve
 
     serve(cfg)
 
@@ -235,13 +235,13 @@ def bench_train(cfg: Config):
 
 
 def bench_data(cfg: Config):
-    import bench_data
+    from bench import data_speed as bench_data
 
     bench_data.data(cfg)
 
 
 def bench_enlarge(cfg: Config):
-    import bench_data
+    from bench import data_speed as bench_data
 
     bench_data.enlarge(cfg)
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-import oxe
+from formats import oxe
 from model import write_json
 from tokenizer import normalize
 

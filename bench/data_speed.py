@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import Config, memory_mb, report
+from bench.common import Config, memory_mb, report
 
 
 class Peak(threading.Thread):
@@ -39,8 +39,8 @@ def write_synthetic(folder: Path, source: Path, episodes: int, steps: int, side:
     import simplejpeg
     from PIL import Image
 
-    from rlds import find_dataset, read_records
-    from rlds_writer import write_tfrecord
+    from formats.rlds import find_dataset, read_records
+    from formats.write_rlds import write_tfrecord
 
     old = find_dataset(source, "bridge_orig")
     out = folder / "bridge_orig" / "1.0.0"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 import sample
-import toy
-from bench import Config, report
-from serve import decode_array, encode_array
+from bench.common import Config, report
+from robots.serve import decode_array, encode_array
+from toy import world as toy
 
 BATCHES = dict(batched=16, one_by_one=1)
 

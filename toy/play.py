@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-import toy
 from configurator import configure, fail
 from metrics import plot_actions, wilson
 from oft import predict_chunk
 from sample import Policy, dataset_stats, load, predict_action
+from toy import world as toy
 
 
 @dataclass

@@ -10,8 +10,8 @@ import pytest
 import torch
 from common import with_tokenizer
 
-import eval_bridge
 import sample
+from robots import widowx as eval_bridge
 
 
 class Robot:

@@ -28,8 +28,8 @@ from tqdm import tqdm
 import sample
 from configurator import configure, fail, read_config_file
 from data import open_mixture, scheme_of, to_picture
+from diagnose.look import look, spread
 from image import center_crop, decode, to_rgb
-from look import look, spread
 from metrics import plot_actions
 from tokenizer import (
     BLANK,

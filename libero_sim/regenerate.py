@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from formats.write_rlds import encode_episode, jpeg, write_examples
+from libero_sim.simulator import SIZE, Simulator, tasks
 from model import write_atomically
-from rlds_writer import encode_episode, jpeg, write_examples
-from simulator import SIZE, Simulator, tasks
 
 SHAPES = dict(image=(SIZE, SIZE, 3), wrist_image=(SIZE, SIZE, 3), state=(8,), joint_state=(7,), action=(7,))
 NO_H5PY = "reading raw LIBERO demonstrations needs h5py: pip install h5py"

@@ -1,7 +1,7 @@
 """
 A LeRobot folder (v2.0, v2.1, v3.0) -> frames by number, for `data_mix` of a config; needs `pip install pyarrow av`.
 
-    from lerobot import LeRobot
+    from formats.lerobot import LeRobot
     data_mix = [(LeRobot("~/data/my_robot", camera="observation.images.front"), 1.0)]
 
 v2 has a parquet file of numbers and an mp4 file per episode; v3 joins many episodes into one and says in meta/episodes
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from rlds import HOLD_OUT
+from formats.rlds import HOLD_OUT
 
 
 class LeRobot(Dataset):

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from checkpoint import check_folder
 from configurator import configure, fail
+from formats.write_rlds import jpeg
 from image import WHOLE, decode
 from metrics import wilson
 from model import write_atomically, write_json
 from oft import predict_chunk
-from rlds_writer import jpeg
 from sample import Policy, dataset_stats, load, pick_device, pick_dtype
 
 

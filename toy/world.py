@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from rlds_writer import VERSION, write_rlds
+from formats.write_rlds import VERSION, write_rlds
 
 SIZE, VIEW = 224, 0.3  # pixels and metres along an edge of the picture
 STEP, GRID = np.array([0.075, 0.075, 0.1]), np.array([0.025, 0.025, 0.1])  # longest and shortest move, metres

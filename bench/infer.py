@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import sample
-from bench import Config, memory_mb, report
-from engine import Engine
+from bench.common import Config, memory_mb, report
 from metrics import peak_memory_gb
+from speed.engine import Engine
 from tokenizer import NUM_BINS, VOCAB_SIZE, decode_action, encode_action, normalize, unnormalize
 
 N = 7  # tokens of an action
@@ -27,7 +27,7 @@ N = 7  # tokens of an action
 def trajectories(cfg: Config, policy: sample.Policy) -> list[tuple[list, str]]:
     """[(pictures of one episode, instruction)]"""
     if cfg.trajectories == "toy":
-        import toy
+        from toy import world as toy
 
         def act(images, texts):
             return sample.predict_action(policy, list(images), texts, cfg.unnorm_key)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from simulator import Simulator
+from libero_sim.simulator import Simulator
 
 RIM = 0.047  # from the bowl's middle to where the fingers straddle its wall
 OPEN, CLOSE = -1.0, 1.0

@@ -1,0 +1,1 @@
+"""How robot data is stored: Open X-Embodiment's table, RLDS, LeRobot."""

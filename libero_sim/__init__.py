@@ -1,0 +1,1 @@
+"""The LIBERO simulator: tasks, a scripted expert, processes, the report."""

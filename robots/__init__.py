@@ -1,0 +1,1 @@
+"""A policy outside this process: an HTTP server, a WidowX."""
