@@ -1,164 +1,262 @@
 """
-Is this folder a whole checkpoint? Every name, shape and file size is compared before any weight is read.
+What is in this checkpoint folder, and is it complete?
 
-`check_folder` reads config.json, the index and the headers of the safetensors files (8 bytes of length, JSON, data;
-https://github.com/huggingface/safetensors), and raises ValueError or FileNotFoundError saying what was found, what was
-expected and how to mend it. No weight is loaded and no code of the folder is run.
+    checkpoint = open_checkpoint("openvla-7b")
+    checkpoint.config, checkpoint.norm_stats, checkpoint.tokenizer, checkpoint.processor, checkpoint.is_oft, ...
+
+`open_checkpoint` reads config.json, the index and the headers of the safetensors files (8 bytes of length, JSON, data;
+https://github.com/huggingface/safetensors), and compares every name, shape and file size with what config.json
+describes. It raises ValueError or FileNotFoundError that says what was found, what was expected and how to fix it.
+No weight is loaded, and no code of the folder is run. What it learned is kept in a record, so that nobody asks twice.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from files import read_json
+from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
+from speed.quantize import use_quantized_layers
+from tokenizer import Tokenizer, prompt_for
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OFT_RECORD = "oft_config.json"
+STATISTICS = "dataset_statistics.json"
 
 
-def is_oft(folder: str | Path) -> bool:
-    """Whether the folder holds a policy of oft.py, ours or an official one."""
-    return (Path(folder) / OFT_RECORD).is_file() or any(Path(folder).glob("action_head--*"))
-
-
-def base_of(folder: str | Path) -> Path | None:
-    """The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run."""
-    file = Path(folder) / ADAPTER_CONFIG
-    if not file.is_file():
-        return None
-    name = json.loads(file.read_text("utf-8")).get("base_model_name_or_path") or ""
-    places = [Path(name).expanduser(), Path(folder) / name, Path(folder).parent / Path(name).name]
-    if found := next((p for p in places if name and p.is_dir()), None):
-        return found
-    raise FileNotFoundError(f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to it")
-
-
-def home_of(folder: str | Path, file: str) -> Path:
-    """The folder that has `file`: this one, or the base of a LoRA run that does not bring its own."""
-    return Path(folder) if (Path(folder) / file).is_file() else base_of(folder) or Path(folder)
-
-
-def check_folder(folder: str | Path) -> OpenVLAConfig:
+@dataclass
+class Checkpoint:
     """
-    Raise if `OpenVLA.from_pretrained(folder)` could not load; else the model's config. A LoRA run is checked with its
-    base, and has the statistics of the data that it was trained on, not the base's.
+    A checkpoint folder that is complete: a model in Hugging Face layout, a LoRA run with its base, or either of them
+    with the components of OpenVLA-OFT beside it.
+    """
+
+    folder: Path
+    base: Path | None  # the base checkpoint of a LoRA run; None for any other folder
+    config: OpenVLAConfig
+    skeleton: OpenVLA  # the model without weights, on the meta device
+    weight_map: dict[str, Path]  # tensor name -> the file that holds it
+    is_oft: bool
+
+    @property
+    def norm_stats(self) -> dict:
+        """unnorm_key -> statistics of that dataset, which give actions their units."""
+        return self.config.extra["norm_stats"]
+
+    @property
+    def quantization(self) -> dict | None:
+        """{"bits", "group"} of a folder with 8 or 4 bit weights, else None."""
+        return self.config.extra.get("quantization")
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that config.json says the weights are in. Raises ValueError if it names none."""
+        name = str(self.config.extra.get("torch_dtype", "bfloat16"))
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f"{self.folder}: config.json has torch_dtype {name!r}; it must be bfloat16, float32 or float16"
+            )
+        return dtype
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer with the prompt of this model. Raises FileNotFoundError or ValueError."""
+        return Tokenizer(self.folder_with("tokenizer.model"), prompt_for(self.config.extra))
+
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """The image processor. Raises FileNotFoundError or ValueError."""
+        processor = ImageProcessor.from_pretrained(self.folder_with("preprocessor_config.json"))
+        if self.is_oft and not processor.trained_on:
+            # Released OFT folders do not record it, but all of them were trained on random crops.
+            processor.trained_on = CROPPED
+        return processor
+
+    def folder_with(self, file: str) -> Path:
+        """The folder that has `file`: this one, or the base of a LoRA run that does not bring its own."""
+        if self.base and not (self.folder / file).is_file():
+            return self.base
+        return self.folder
+
+    def refuse_quantized(self):
+        """Raise ValueError for a quantized folder: training, merging, adapters and OFT need the weights themselves."""
+        if self.quantization:
+            raise ValueError(
+                f"{self.folder} is quantized, for inference only; take the checkpoint that it was made from"
+            )
+
+
+# -----------------------------------------------------------------------------
+# Open a folder
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """
+    Check that a folder is complete, and return what is known about it. A LoRA run is checked with its base, and has the
+    statistics of the data that it was trained on, not those of the base.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-    if base := base_of(folder):
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder / ADAPTER_WEIGHTS}: missing beside {ADAPTER_CONFIG}")
-        read_header(folder / ADAPTER_WEIGHTS)
-        config, stats = check_folder(base), folder / "dataset_statistics.json"
-        refuse_quantized(config, base)
-        if stats.is_file():
-            config.extra["norm_stats"] = json.loads(stats.read_text("utf-8"))
-        return config
+    base = base_of(folder)
+    if base:
+        return open_lora_run(folder, base)
+
     if not (folder / "config.json").is_file():
         hint = "; convert_weights.py turns .pt checkpoints into this layout" if list(folder.rglob("*.pt")) else ""
         raise FileNotFoundError(f"{folder}: not a checkpoint in Hugging Face layout, it has no config.json{hint}")
     try:
         config = OpenVLAConfig.from_dict(read_config(folder))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder}: config.json or dataset_statistics.json cannot be used ({error})") from None
-    with torch.device("meta"):
-        model = OpenVLA(config)
-    if config.extra.get("quantization"):
-        from speed.quantize import prepare
+        raise ValueError(f"{folder}: config.json or {STATISTICS} cannot be used ({error})") from None
 
-        prepare(model)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    with torch.device("meta"):
+        skeleton = OpenVLA(config)
+    if config.extra.get("quantization"):
+        use_quantized_layers(skeleton, config.extra["quantization"])
+    weight_map = check_tensors(folder, skeleton)
+    return Checkpoint(folder, None, config, skeleton, weight_map, is_oft(folder))
+
+
+def open_lora_run(folder: Path, base: Path) -> Checkpoint:
+    """Check an adapter and its base checkpoint."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder / ADAPTER_WEIGHTS}: missing beside {ADAPTER_CONFIG}")
+    read_header(folder / ADAPTER_WEIGHTS)
+
+    checkpoint = open_checkpoint(base)
+    checkpoint.refuse_quantized()
+    config = checkpoint.config
+    if (folder / STATISTICS).is_file():
+        config.extra["norm_stats"] = read_json(folder / STATISTICS)
+    return Checkpoint(folder, base, config, checkpoint.skeleton, checkpoint.weight_map, is_oft(folder))
+
+
+def check_tensors(folder: Path, skeleton: OpenVLA) -> dict[str, Path]:
+    """Compare all tensors of a folder with those of the model. Returns tensor name -> file."""
+    missing = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    weight_map = {}
     for path in weight_files(folder):
         for name, shape in read_header(path).items():
-            if is_unused(name, config):
+            weight_map[name] = path
+            if is_unused(name, skeleton.cfg):
                 continue
-            if name not in expected:
+
+            if name not in missing:
                 raise ValueError(f"{path}: unexpected tensor {name} {shape}; config.json describes another model")
-            if expected[name] != shape:
-                raise ValueError(f"{path}: tensor {name} has shape {shape}, config.json makes it {expected[name]}")
-            del expected[name]
-    if expected:
-        raise ValueError(
-            f"{folder}: {len(expected)} tensors are in no weight file, the first is {next(iter(expected))}"
-        )
-    return config
+            expected = missing.pop(name)
+            if shape != expected:
+                raise ValueError(f"{path}: tensor {name} has shape {shape}, config.json makes it {expected}")
+    if missing:
+        first = next(iter(missing))
+        raise ValueError(f"{folder}: {len(missing)} tensors are in no weight file, the first is {first}")
+    return weight_map
 
 
-def stored_dtype(config: OpenVLAConfig, folder: str | Path) -> torch.dtype:
-    """What config.json says that the weights are in. Raises ValueError if it is no dtype."""
-    name = str(config.extra.get("torch_dtype", "bfloat16"))
-    if not isinstance(dtype := getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"{folder}: config.json has torch_dtype {name!r}; it must be bfloat16, float32 or float16")
-    return dtype
+def is_oft(folder: str | Path) -> bool:
+    """True if the folder holds a policy of oft.py, ours or an official one."""
+    folder = Path(folder)
+    return (folder / OFT_RECORD).is_file() or any(folder.glob("action_head--*"))
 
 
-def refuse_quantized(config: OpenVLAConfig, folder: str | Path):
-    """Raise for what needs the weights themselves: training, merging, adapters, OFT."""
-    if config.extra.get("quantization"):
-        raise ValueError(f"{folder} is quantized, for inference only; take the checkpoint that it was made from")
+def base_of(folder: str | Path) -> Path | None:
+    """
+    The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run. The name
+    that stands there is looked for as it is, inside the run and beside it. Raises FileNotFoundError.
+    """
+    folder = Path(folder)
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+
+    name = read_json(file).get("base_model_name_or_path") or ""
+    if name:
+        for place in (Path(name).expanduser(), folder / name, folder.parent / Path(name).name):
+            if place.is_dir():
+                return place
+    raise FileNotFoundError(f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to it")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or model.safetensors."""
-    names = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        refuse_pointer(folder / INDEX)
+    """The safetensors files of a folder: those that its index names, or model.safetensors."""
+    index = folder / INDEX
+    if index.is_file():
+        refuse_pointer(index)
         try:
-            names = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{folder / INDEX}: not an index of weight files ({error!r}); get it again") from None
+            raise ValueError(f"{index}: not an index of weight files ({error!r}); download it again") from None
+        hint = f"named by {INDEX}"
+    else:
+        names = {"model.safetensors"}
+        hint = f"and there is no {INDEX}"
+
     for name in sorted(names):
         if not (folder / name).is_file():
-            by = f"named by {INDEX}" if (folder / INDEX).is_file() else f"and there is no {INDEX}"
-            raise FileNotFoundError(f"{folder / name}: weight file missing, {by}; download it again")
+            raise FileNotFoundError(f"{folder / name}: weight file missing, {hint}; download it again")
     return [folder / name for name in sorted(names)]
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Of a checkpoint's weights: sixteen places of each file, as reading all of it would take minutes."""
-    total = hashlib.sha256()
+    """A hash of a checkpoint's weights: sixteen places of each file, as reading all of it would take minutes."""
+    digest = hashlib.sha256()
     for path in weight_files(Path(folder)):
         size = path.stat().st_size
-        total.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as f:
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
             for i in range(16):
-                f.seek(i * size // 16)
-                total.update(f.read(4096))
-    return total.hexdigest()[:16]
+                file.seek(i * size // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# Headers of safetensors files
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a safetensors file. ValueError if the file is not whole."""
-    return {name: tuple(entry["shape"]) for name, entry in read_layout(path)[1].items()}
+    """Return name -> shape of every tensor in a safetensors file. Raises ValueError if the file is not whole."""
+    _, layout = read_layout(path)
+    return {name: tuple(entry["shape"]) for name, entry in layout.items()}
 
 
 def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
     """
-    Where the data of a safetensors file begins, and name -> {dtype, shape, data_offsets} (bytes from there). ValueError
-    if the file is not whole.
+    Return where the data of a safetensors file begins, and name -> {dtype, shape, data_offsets} (bytes from there).
+    Raises ValueError if the file is not whole.
     """
     refuse_pointer(path)
     size = path.stat().st_size
-    with open(path, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
             raise ValueError(f"{path}: cut off or no safetensors file, {size:,} bytes; download it again")
-        try:
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            sizes = [(t["shape"], t["data_offsets"][1]) for t in header.values()]
-            end = 8 + length + max((last for _, last in sizes), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}: no safetensors file, its header cannot be read; download it again") from None
-    if size != end:
-        raise ValueError(f"{path}: {size:,} bytes where {end:,} are expected; download it again")
+        text = file.read(length)
+
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            entry["shape"]  # a KeyError here means that it is some other JSON
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: no safetensors file, its header cannot be read; download it again") from None
+    if size != expected:
+        raise ValueError(f"{path}: {size:,} bytes where {expected:,} are expected; download it again")
     return 8 + length, header
 
 
 def refuse_pointer(path: Path):
-    with open(path, "rb") as f:
-        if f.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
+    """Raise ValueError for a Git LFS pointer, which git leaves in place of a large file."""
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")

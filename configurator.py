@@ -2,100 +2,305 @@
 Settings of a script: a dataclass holds the defaults, a Python file overrides them, the command line has the last word.
 
     python train.py --config bridge.py --lr 1e-4 --image_aug False
+    python train.py --config bridge.py --help       # all options, with the values that hold
 
-A config file is plain Python, found here or in configs/: each public name that it assigns must be a field of the
-dataclass (imported modules, classes and functions are not counted). Unknown names and wrong types end the program.
+A config file is plain Python, found in configs/ or as given. Each public name that it assigns must be a field of the
+dataclass; imported modules, classes and functions do not count. Unknown names and wrong types end the program.
+
+The dataclass is also the text of --help, by its comments:
+
+    @dataclass
+    class Config:
+        # Data: a comment that starts a paragraph is the title of a group
+        data_root_dir: str = ""  # a comment behind a field, or between two fields, says what the field is
 """
 
+import ast
+import dataclasses
 import difflib
 import inspect
+import io
 import runpy
 import sys
-from ast import literal_eval
+import textwrap
+import tokenize
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+CONFIGS = Path(__file__).parent / "configs"
+
+HOW_TO_GIVE_OPTIONS = """
+Options are given as --name value; --name alone turns a True/False option on. Below, each stands with the value that
+holds if you do not give it. --config FILE.py sets options by a Python file, which is looked for in configs/ and then as
+given; the command line has the last word.
+"""
+HELP_WIDTH = 100  # columns
+MAX_COMMENT_COLUMN = 38  # comments of longer options start on the next line
+MAX_VALUE_WIDTH = 60  # of a list or dict; longer ones are cut
 
 
 def fail(message) -> NoReturn:
-    """One clear message and exit code 2: for what the user can mend."""
+    """Print one clear message and end the program with exit code 2: for what the user can fix."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def configure(cls, argv: list[str] | None = None):
-    """An instance of the dataclass `cls`, filled from the command line. --help prints script and field comments."""
+def configure(cls: type, argv: list[str] | None = None):
+    """
+    Return an instance of the dataclass `cls`, filled from its defaults, config files and the command line.
+
+    argv: the words of the command line; None: those of this program. Ends the program after --help (exit code 0), and
+    with a message for options that do not fit (exit code 2).
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in words or "--help" in words:
-        fields = "\n".join(inspect.getsource(c) for c in cls.__mro__[:-1])
-        print(f"{inspect.getdoc(inspect.getmodule(cls))}\n\nOptions (--name value):\n\n{fields}")
-        raise SystemExit(0)
+    wants_help = "-h" in words or "--help" in words
+    words = [word for word in words if word not in ("-h", "--help")]
     hints = get_type_hints(cls)
-    settings: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    while words:
-        word = words.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            fail(f"{word!r}: options are written --name value")
-        values = [value] if equals else []
-        many = get_origin(hints.get(key)) is tuple
-        while not equals and words and not words[0].startswith("--") and (many or not values):
-            values.append(words.pop(0))
-        if key == "config":
-            settings |= read_config_file(values[0] if values else "")
+    options, stray_words = split_options(words, hints)
+
+    # Config files, in their order: later ones win.
+    settings = {}
+    for name, texts in options:
+        if name == "config":
+            settings.update(read_config_file(texts[0] if texts else ""))
+    for name, value in settings.items():
+        settings[name] = check(value, hint_of(name, hints, "config file"), name)
+
+    if wants_help:
+        print(help_text(cls, settings))
+        raise SystemExit(0)
+
+    # The command line.
+    if stray_words:
+        fail(f"{stray_words[0]!r}: options are written --name value")
+    for name, texts in options:
+        if name != "config":
+            hint = hint_of(name, hints, "command line")
+            settings[name] = parse_texts(texts, hint, name)
+    return cls(**settings)
+
+
+# -----------------------------------------------------------------------------
+# Command line and config files
+
+
+def split_options(words: list[str], hints: dict) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """
+    Return the options, each with the texts that follow it, and the words that belong to no option.
+
+        --lr=1 --image a.png b.png c  ->  [("lr", ["1"]), ("image", ["a.png", "b.png", "c"])], []
+
+    An option takes one text, or all up to the next option if its field is a tuple.
+    """
+    options = []
+    stray_words = []
+    room = 0  # how many texts the last option still takes
+    for word in words:
+        if word.startswith("--"):
+            name, equals, text = word.removeprefix("--").partition("=")
+            if equals:
+                options.append((name, [text]))
+                room = 0
+            else:
+                is_tuple = get_origin(hints.get(name)) is tuple
+                options.append((name, []))
+                room = len(words) if is_tuple else 1
+        elif room > 0:
+            _, texts = options[-1]
+            texts.append(word)
+            room -= 1
         else:
-            hint = hint_of(key, hints, "command line")
-            texts = values or ["True" if hint is bool else ""]
-            options[key] = (
-                tuple(parse(t, get_args(hint)[0], key) for t in texts) if many else parse(texts[0], hint, key)
-            )
-    for key, value in settings.items():
-        settings[key] = check(value, hint_of(key, hints, "config file"), key)
-    return cls(**(settings | options))
+            stray_words.append(word)
+    return options, stray_words
 
 
 def read_config_file(name: str) -> dict:
-    """What a config file assigns. Looked for in the folder configs/ beside this file, then as given."""
-    path = next((p for p in (Path(__file__).parent / "configs" / name, Path(name)) if p.is_file()), None)
-    if path is None:
-        known = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*.py"))
+    """Return what a config file assigns. It is looked for in the folder configs/ beside this file, then as given."""
+    path = CONFIGS / name
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = sorted(config.name for config in CONFIGS.glob("*.py"))
         fail(f"--config {name}: no such file here or in configs/, which has {', '.join(known)}")
     try:
-        found = runpy.run_path(str(path))
+        assigned = runpy.run_path(str(path))
     except (ValueError, OSError) as error:  # of a dataset that it opens
         fail(f"--config {name}: {error}")
-    return {k: v for k, v in found.items() if k[0] != "_" and not inspect.ismodule(v) and not inspect.isroutine(v)
-            and not inspect.isclass(v)}  # fmt: skip
+    return {key: value for key, value in assigned.items() if is_setting(key, value)}
 
 
-def hint_of(key: str, hints: dict, where: str):
-    if key not in hints:
-        near = difflib.get_close_matches(key, hints, 1)
-        fail(f"{where}: unknown option {key!r}" + (f", did you mean {near[0]!r}?" if near else "; --help lists them"))
-    return hints[key]
+def is_setting(name: str, value) -> bool:
+    """Return whether a name of a config file is meant as an option: not what it imports, defines or calls _private."""
+    if name.startswith("_"):
+        return False
+    return not (inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value))
 
 
-def parse(text: str, hint, key: str):
-    """The text of an option as a value of its type."""
+# -----------------------------------------------------------------------------
+# Names and types
+
+
+def hint_of(name: str, hints: dict, source: str):
+    """Return the type of a field. Ends the program if there is no such field; suggests one that is spelled like it."""
+    if name in hints:
+        return hints[name]
+    similar = difflib.get_close_matches(name, hints, n=1)
+    advice = f", did you mean {similar[0]!r}?" if similar else "; --help lists them"
+    fail(f"{source}: unknown option {name!r}{advice}")
+
+
+def parse_texts(texts: list[str], hint, name: str):
+    """Return what follows an option on the command line as a value of the field's type."""
+    if not texts:
+        texts = ["True" if hint is bool else ""]
+    if get_origin(hint) is tuple:
+        element = get_args(hint)[0]
+        return tuple(parse(text, element, name) for text in texts)
+    return parse(texts[0], hint, name)
+
+
+def parse(text: str, hint, name: str):
+    """Return a text as a value of the type `hint`."""
     if hint is str:
         return text
     if hint is bool:
-        text = {"true": "True", "false": "False", "1": "True", "0": "False"}.get(text.lower(), text)
+        spellings = {"true": "True", "false": "False", "1": "True", "0": "False"}
+        text = spellings.get(text.lower(), text)
     try:
-        value = literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    return check(value, hint, key)
+    return check(value, hint, name)
 
 
-def check(value, hint, key: str):
-    """The value, if it is of the field's type; an int will do for a float."""
-    kinds = tuple(
-        get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is not tuple else ()) or [hint]
-    )
-    if type(value) is int and float in kinds and int not in kinds:
+def check(value, hint, name: str):
+    """Return the value, if it is of the type `hint`; an int is taken for a float. Ends the program if it is not."""
+    allowed = allowed_types(hint)
+    if type(value) is int and float in allowed and int not in allowed:
         return float(value)
-    if Any in kinds or type(value) in kinds or (value is None and NoneType in kinds):
+    if Any in allowed or type(value) in allowed:
         return value
-    fail(f"{key} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    fail(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def allowed_types(hint) -> list:
+    """Return the types that a hint stands for: `int | None` -> [int, NoneType], `tuple[str, ...]` -> [tuple]."""
+    is_union = get_origin(hint) in (Union, UnionType)
+    members = get_args(hint) if is_union else [hint]
+    return [get_origin(member) or member for member in members]
+
+
+# -----------------------------------------------------------------------------
+# Help: one list of all fields, whichever class of the chain has them
+
+
+def help_text(cls: type, settings: dict) -> str:
+    """
+    Return the docstring of the script, and its options in groups, each with its value and its comment.
+    settings: values that config files set; the others are the defaults of the dataclass.
+    """
+    groups = group_options(cls, settings)
+    longest = max((len(option) for group in groups.values() for option, _ in group), default=0)
+    column = min(longest + 2, MAX_COMMENT_COLUMN)
+
+    docstring = inspect.getdoc(inspect.getmodule(cls)) or ""
+    paragraphs = [docstring, textwrap.fill(HOW_TO_GIVE_OPTIONS.strip(), HELP_WIDTH)]
+    for title, group in groups.items():
+        lines = [title] if title else []
+        for option, comment in group:
+            lines.append(option_lines(option, comment, column))
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def group_options(cls: type, settings: dict) -> dict[str, list[tuple[str, str]]]:
+    """
+    Return title of a group -> its options as ("  --name value", comment).
+
+    A field that derived classes define again stays in the group of the class that defined it first. Its comment is that
+    of the class that commented it last.
+    """
+    titles = {}
+    comments = {}
+    for base in reversed(cls.__mro__):  # derived classes come after those that they derive from
+        if dataclasses.is_dataclass(base):
+            base_titles, base_comments = read_comments(base)
+            titles = {**base_titles, **titles}
+            comments = {**comments, **base_comments}
+
+    groups = {}
+    for field in dataclasses.fields(cls):
+        value = settings[field.name] if field.name in settings else default_of(field)
+        option = f"  --{field.name} {value_text(value)}"
+        group = groups.setdefault(titles[field.name], [])
+        group.append((option, comments.get(field.name, "")))
+    return groups
+
+
+def read_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
+    """
+    Return the title of the group and the comment of each field that the source of this class defines. A field without a
+    comment is missing from the second dict.
+    """
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comment_at = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    class_node = ast.parse(source).body[0]
+
+    titles = {}
+    comments = {}
+    title = ""
+    previous_end = class_node.lineno  # last line of the field before
+    for node in class_node.body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        name = node.target.id
+        lines_above = [line for line in range(previous_end + 1, node.lineno) if line in comment_at]
+        lines_behind = [line for line in range(node.lineno, node.end_lineno + 1) if line in comment_at]
+
+        # Directly below another field, comments are of this field. With a blank line between, they are a title.
+        is_title = lines_above and (not titles or lines_above[0] > previous_end + 1)
+        if is_title:
+            title = " ".join(comment_at[line] for line in lines_above)
+            lines_above = []
+        titles[name] = title
+        comment = " ".join(comment_at[line] for line in lines_above + lines_behind)
+        if comment:
+            comments[name] = comment
+        previous_end = node.end_lineno
+    return titles, comments
+
+
+def default_of(field: dataclasses.Field):
+    """Return the default of a field, or MISSING."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def value_text(value) -> str:
+    """Return a value as it is written on the command line."""
+    if value is dataclasses.MISSING:
+        return "(must be given)"
+    if isinstance(value, str):
+        needs_quotes = value == "" or " " in value
+        return f'"{value}"' if needs_quotes else value
+    if isinstance(value, tuple) and value:
+        return " ".join(value_text(element) for element in value)
+    text = repr(value)
+    if len(text) > MAX_VALUE_WIDTH:
+        text = text[: MAX_VALUE_WIDTH - 3] + "..."
+    return text
+
+
+def option_lines(option: str, comment: str, column: int) -> str:
+    """Return an option with its comment, which is wrapped in a column of its own."""
+    if not comment:
+        return option
+    lines = textwrap.wrap(comment, HELP_WIDTH - column, break_on_hyphens=False)
+    if len(option) + 2 > column:
+        lines.insert(0, option)  # too long: the comment starts below it
+    else:
+        lines[0] = option.ljust(column) + lines[0]
+    return f"\n{' ' * column}".join(lines)

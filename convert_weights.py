@@ -1,15 +1,23 @@
 """
-Checkpoints of the official training code to Hugging Face layout and back, and what a folder holds.
+Checkpoints from one form into another: a folder in, a folder out.
 
     python convert_weights.py prismatic-to-hf RUN OUT --tokenizer openvla-7b   # RUN: a run folder, or one .pt of it
     python convert_weights.py hf-to-prismatic FOLDER OUT                       # for the official FSDP training script
     python convert_weights.py merge-lora RUN OUT
-    python convert_weights.py check FOLDER
+    python convert_weights.py quantize FOLDER OUT --bits 4
+    python convert_weights.py check FOLDER                                     # what is it, and who can load it?
 
-A training run ("Prismatic") is config.json, dataset_statistics.json and checkpoints/*.pt: {"model": {"vision_backbone",
-"projector", "llm_backbone"}}. If its towers were frozen, as in the base VLMs, they are not in it: --vision names
-timm files that have them. A .pt is a pickle: one that asks for more than tensors is refused and never run. Files are
-memory-mapped and go through memory one tensor at a time. Writing a .pt needs torch >= 2.7.
+    training run (Prismatic) <--> Hugging Face layout <-- LoRA run + its base checkpoint
+                                          |
+                                          v
+                              Hugging Face layout in 8 or 4 bits, which only this code reads
+
+formats/prismatic_run.py describes training runs, model.py and checkpoint.py the Hugging Face layout. If a run's
+vision encoders were frozen, as in the base VLMs, they are not in it: --vision names files of timm that have them.
+Writing a .pt needs torch >= 2.7.
+
+A model may be larger than the memory. So files are memory-mapped, and converted one tensor at a time. All that can be
+wrong is looked for before the first file is written.
 
 vla-scripts/extern/convert_openvla_weights_to_hf.py and prismatic/models/load.py of github.com/openvla/openvla.
 """
@@ -17,412 +25,679 @@ vla-scripts/extern/convert_openvla_weights_to_hf.py and prismatic/models/load.py
 import argparse
 import json
 import math
-import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm import tqdm
 
-from checkpoint import check_folder, read_header, refuse_pointer, refuse_quantized, weight_files
+from checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    STATISTICS,
+    Checkpoint,
+    is_oft,
+    open_checkpoint,
+    read_header,
+    weight_files,
+)
 from configurator import fail
+from files import atomic_write, read_json, write_json
+from formats.prismatic_run import (
+    BASE_VLM_KEYS,
+    BASE_VLMS,
+    ENCODER_PREFIXES,
+    LATEST,
+    LLM_MAX_LENGTH,
+    OptionNeeded,
+    TrainingRun,
+    find_run,
+    infer_config,
+    official_limits,
+    open_run,
+    open_safetensors,
+    stored_shape,
+    timm_ids,
+    to_prismatic,
+)
 from image import ImageProcessor
 from lora import merge as merge_lora
-from model import INDEX, SHARD_BYTES, TOWERS, OpenVLA, OpenVLAConfig, is_unused, write_atomically, write_json
-from tokenizer import PAD, Tokenizer, prompt_for
+from model import INDEX, SHARD_BYTES, OpenVLAConfig, is_unused, split_into_shards, weight_map
+from progress import no_progress, show_progress
+from speed.quantize import layers_to_quantize, quantize
+from tokenizer import BOS, EOS, PAD, Tokenizer, prompt_for
 
-RENAMES = [  # Hugging Face layout, training run
-    ("vision_backbone.featurizer.", "vision_backbone.dino_featurizer."),  # of two towers; a lone one has the same name
-    ("vision_backbone.fused_featurizer.", "vision_backbone.siglip_featurizer."),
-    ("projector.fc1.", "projector.projector.0."),
-    ("projector.fc2.", "projector.projector.2."),
-    ("projector.fc3.", "projector.projector.4."),
-    ("language_model.", "llm_backbone.llm."),
-    (".scale_factor", ".gamma"),  # because transformers renames whatever contains "gamma"
-]
-IDS = ("vision_backbone_id", "llm_backbone_id", "hf_llm_id", "image_resize_strategy")  # in the exported config.json
-LLAMA, VICUNA = ("llama2-7b-pure", "meta-llama/Llama-2-7b-hf"), ("vicuna-v15-7b", "lmsys/vicuna-7b-v1.5")
-BASE_VLMS = {  # "base_vlm" or "model_id" in a run's config.json -> those ids
-    "prism-dinosiglip-224px+7b": ("dinosiglip-vit-so-224px", *LLAMA, "resize-naive"),
-    "siglip-224px+7b": ("siglip-vit-so400m", *VICUNA, "letterbox"),
-}
-TOWER_NAMES = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
-VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' names
+REMAP_BYTES = 10**9  # after reading so much, memory-mapped files are opened again
+QUANTIZED_SHARD_BYTES = 10**9  # of a quantized file, and of memory while it is made
+TRANSFORMERS_VERSION = "4.40.1"  # what the official code was exported with
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
-
-def to_hf(name: str) -> str:
-    for hf, prismatic in RENAMES:
-        name = name.replace(prismatic, hf)
-    return name
-
-
-def to_prismatic(name: str, fused: bool) -> str:
-    for hf, prismatic in RENAMES[not fused :]:
-        name = name.replace(hf, prismatic)
-    return name
+# The official preprocessor_config.json has the means and standard deviations of the pixels twice: rounded to bfloat16,
+# as ImageProcessor has them, and as here.
+EXACT_MEANS = [[0.485, 0.456, 0.406], [0.5, 0.5, 0.5]]
+EXACT_STDS = [[0.229, 0.224, 0.225], [0.5, 0.5, 0.5]]
 
 
 # -----------------------------------------------------------------------------
-# Reading: files -> memory-mapped tensors by Hugging Face name
+# Read and write, tensor by tensor
 
 
-def open_safetensors(files: list) -> dict[str, Tensor]:
-    for path in files:
-        read_header(Path(path))  # raises if the file is not whole
-    return {name: f.get_tensor(name) for f in [safe_open(p, framework="pt") for p in files] for name in f.keys()}
-
-
-def open_pt(path) -> dict:
-    refuse_pointer(Path(path))
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        wants = f"asks for {wants[1]}" if wants else "cannot be read"
-        raise ValueError(f"{path}: refused, its pickle {wants}; a checkpoint holds tensors only. Nothing ran") from None
-    except RuntimeError as error:
-        raise ValueError(f"{path}: cut off, or no zip file of torch.save ({str(error).split('. ')[0]})") from None
-
-
-def open_run(path: Path, vision: tuple = ()) -> dict[str, Tensor]:
-    """A training checkpoint. vision: timm's files for the towers that it lacks."""
-    content = open_pt(path)
-    model = content.get("model") if isinstance(content, dict) else None
-    parts = {k: v for k, v in model.items() if isinstance(v, dict)} if isinstance(model, dict) else {}
-    if not parts.keys() >= {"projector", "llm_backbone"}:
-        raise ValueError(f"{path}: no OpenVLA: it needs model/projector and model/llm_backbone, found {list(parts)}")
-    towers = zip(TOWER_NAMES, map(open_timm, vision), strict=False)
-    tensors = {tower + to_hf(k): t for tower, tensors in towers for k, t in tensors.items()}
-    return tensors | {to_hf(f"{part}.{k}"): t for part in parts for k, t in parts[part].items() if torch.is_tensor(t)}
-
-
-def open_timm(file: str) -> dict[str, Tensor]:
-    """A tower as huggingface.co/timm has it: alone, or (SigLIP) in open_clip's file with a text tower beside it."""
-    tensors, trunk = open_safetensors([file]) if file.endswith(".safetensors") else open_pt(file), "visual.trunk."
-    tensors = {k.removeprefix(trunk): t for k, t in tensors.items() if k.startswith(trunk)} or tensors
-    if not tensors.keys() >= {"pos_embed", "patch_embed.proj.weight"}:
-        raise ValueError(f"{file}: no vision transformer of timm, it holds {list(tensors)[:3]}")
-    pos, grid = tensors["pos_embed"], 224 // tensors["patch_embed.proj.weight"].shape[-1]
-    if pos.shape[1] != grid**2:  # DINOv2 has learned 518 pixels; timm resamples in the same way
-        pos = pos.float().transpose(1, 2).unflatten(2, (math.isqrt(pos.shape[1]), -1))  # (1, D, 37, 37)
-        pos = F.interpolate(pos, (grid, grid), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    return tensors | {"pos_embed": pos}
-
-
-def stream(reopen, names):
-    """Yield tensors in order. The files are mapped anew after every GB, which lets go of the pages already read."""
-    tensors, seen = reopen(), 0
-    for name in tqdm(names, "converting", unit=" tensors", leave=False):
+def stream(reopen: Callable, names: Iterable[str], progress: Callable = no_progress) -> Iterator[Tensor]:
+    """
+    Yield the tensors of these names in order. reopen: maps the files and returns tensors by name. The files are mapped
+    anew after every GB: this lets go of the pages that were read, which would fill the memory otherwise.
+    """
+    tensors = reopen()
+    bytes_read = 0
+    for name in progress(names, "converting", "tensors"):
         yield tensors[name]
-        seen += tensors[name].nbytes
-        if seen > 10**9:
-            tensors, seen = reopen(), 0
+        bytes_read += tensors[name].nbytes
+        if bytes_read > REMAP_BYTES:
+            tensors = reopen()
+            bytes_read = 0
 
 
-# -----------------------------------------------------------------------------
-# What a run is: config.json names its parts, the tensors have the sizes
-
-
-def find_run(path: Path) -> tuple[Path, dict, dict]:
-    """A run folder, or one of its .pt files -> the .pt (of a folder: the latest), config.json and statistics."""
-    folder = path.absolute().parent.parent if path.suffix == ".pt" else path
-    if path.suffix != ".pt" and not (path := folder / "checkpoints" / "latest-checkpoint.pt").is_file():
-        path = max(folder.glob("checkpoints/step-*.pt"), default=path)
-    if not path.is_file() or not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no training run, it needs config.json and {path.relative_to(folder)}")
-    run, stats = json.loads((folder / "config.json").read_text("utf-8")), folder / "dataset_statistics.json"
-    if "vla" not in run:  # a base VLM has no actions
-        return path, run, {}
-    if not stats.is_file():
-        raise FileNotFoundError(f"{stats}: missing, but needed to turn tokens into actions; copy it from the run")
-    return path, run, json.loads(stats.read_text("utf-8"))
-
-
-def infer_config(path: Path, tensors: dict, run: dict) -> OpenVLAConfig:
-    """The config of a run's model. `run`: its config.json, and what tensors do not tell if the size is not released."""
-    base = Path(str(run.get("vla", {}).get("base_vlm") or run.get("model", {}).get("model_id"))).name
-    if base not in BASE_VLMS:
-        raise ValueError(f"{path}: the run's config.json names the base VLM {base!r}, known are {', '.join(BASE_VLMS)}")
-    extra = dict(zip(IDS, BASE_VLMS[base], strict=True)) | dict(llm_max_length=2048, pad_to_multiple_of=64)
-    timm_ids, vision = list(TOWERS) if "dino" in base else list(TOWERS)[1:], []
-    extra |= dict(timm_override_act_layers=[None for _ in timm_ids], output_projector_states=False)
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    try:
-        for tower, name, given in zip(TOWER_NAMES, timm_ids, run.get("vision_configs", [{}, {}]), strict=False):
-            vit = {k.removeprefix(tower): shape for k, shape in shapes.items() if k.startswith(tower)}
-            if not vit:
-                raise ValueError(f"has no {tower}*: frozen towers are not saved; --vision FILE [FILE] takes them from "
-                                 f"huggingface.co/timm, DINOv2 first ({name})")  # fmt: skip
-            (dim, _, patch, _), mlp_dim = vit["patch_embed.proj.weight"], vit["blocks.0.mlp.fc1.bias"][0]
-            blocks = {k.split(".")[1] for k in vit if k.startswith("blocks.")}
-            found = dict(embed_dim=dim, depth=len(blocks) + ("norm.weight" not in vit))  # norm goes with the last block
-            found |= dict(patch_size=patch, img_size=patch * math.isqrt(vit["pos_embed"][1]), mlp_dim=mlp_dim)
-            found |= dict(cls_token="cls_token" in vit, reg_tokens=vit.get("reg_token", (1, 0))[1])
-            found |= dict(layer_scale="blocks.0.ls1.scale_factor" in vit)
-            vision.append(sized(TOWERS[name], found, given, "num_heads", tower))
-        (vocab, dim), layers = shapes[VOCABULARY[0]], "language_model.model.layers."
-        found = dict(hidden_size=dim, intermediate_size=shapes[f"{layers}0.mlp.gate_proj.weight"][0])
-        found |= dict(num_hidden_layers=len({k.split(".")[3] for k in shapes if k.startswith(layers)}))
-        found |= dict(vocab_size=(rows := math.ceil(max(vocab, PAD + 1) / 64) * 64))  # <PAD>, and steps of 64 rows
-        text = sized(OpenVLAConfig().text, found, run.get("text_config", {}), "num_attention_heads", "Llama")
-        kv_heads = shapes[f"{layers}0.self_attn.k_proj.weight"][0] * text.num_attention_heads // dim
-        config = OpenVLAConfig(vision, replace(text, num_key_value_heads=kv_heads), extra)
-        shapes |= dict.fromkeys(VOCABULARY, (rows, dim))
-        with torch.device("meta"):
-            used = {k: torch.empty(shape) for k, shape in shapes.items() if not is_unused(k, config)}
-            OpenVLA(config).load_state_dict(used)  # its error lists all that does not fit
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:500]}") from None
-    return config
-
-
-def sized(released, found: dict, given: dict, heads: str, what: str):
-    """The released config with the sizes found. Weights do not tell the number of heads: it may have to be given."""
-    if heads not in given and replace(released, **found) != released:
-        raise ValueError(f"{what} is not of the released size ({found}), and weights do not tell {heads}; give "
-                         "--config FILE, a config.json with text_config and vision_configs, a list")  # fmt: skip
-    return replace(released, **{k: v for k, v in given.items() if hasattr(released, k)} | found)
-
-
-def pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """New rows of a vocabulary as transformers makes them: random, std 0.02 (but always the same)."""
-    new = torch.empty(rows - len(tensor), tensor.shape[1]).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    return torch.cat([tensor, new.to(tensor.dtype)]) if len(new) else tensor
-
-
-# -----------------------------------------------------------------------------
-# Writing: the layout first, then tensor by tensor
-
-
-def prepare(out: Path, nbytes: int):
-    """Raise if the folder holds something already, or the disk has no room."""
+def check_target(out: Path, nbytes: int):
+    """Raise FileExistsError if the folder holds something already, or OSError if the disk has no room."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists and is not empty; choose another folder")
-    disk = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    if (free := shutil.disk_usage(disk).free) < nbytes * 1.01:
+    folders = [out.absolute(), *out.absolute().parents]
+    nearest = next(folder for folder in folders if folder.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if free < nbytes * 1.01:
         raise OSError(f"{out}: {nbytes / 1e9:.1f} GB will be written, the disk has {free / 1e9:.1f} GB free")
 
 
-def raw(tensor: Tensor):
+def write_safetensors(path: Path, shapes: dict[str, tuple], dtype: torch.dtype, tensors: Iterator[Tensor]):
+    """
+    Write a safetensors file: 8 bytes that tell the length of the header, the header in JSON, the data.
+
+    shapes: name -> shape of the file's tensors. tensors: they come from here, in the same order, in any dtype. Those
+    of the vocabulary may have fewer rows.
+    """
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start = end
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padding = -len(text) % 8  # the data starts at a multiple of 8
+    text += b" " * padding
+
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for shape in shapes.values():
+            tensor = next(tensors)
+            if tuple(tensor.shape) != shape:
+                tensor = pad_rows(tensor, shape[0])
+            file.write(as_bytes(tensor.to(dtype)))
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Add rows to a vocabulary (V, D) as transformers does: random, with a spread of 0.02. They are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    missing = rows - len(tensor)
+    new = torch.empty(missing, tensor.shape[1]).normal_(std=0.02, generator=generator)
+    return torch.cat([tensor, new.to(tensor.dtype)])
+
+
+def write_pt(path: Path, tensors: dict[str, Tensor], source: Iterator[Tensor]):
+    """
+    Write a training checkpoint. tensors: all of them, whose shapes and dtypes tell the layout. source: the same
+    tensors in the same order, which are read one by one.
+
+    torch.save lays out the file without the data; then each tensor is written to its place. So nothing has to hold, or
+    map, all tensors at once.
+    """
+    fused = any(name.startswith(ENCODER_PREFIXES[1]) for name in tensors)
+    keys = [to_prismatic(name, fused).split(".", maxsplit=1) for name in tensors]  # n of [part, name in that part]
+
+    layout = {}
+    with FakeTensorMode():  # tensors without memory
+        for (part, name), tensor in zip(keys, tensors.values(), strict=True):
+            layout.setdefault(part, {})[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save({"model": layout}, path)
+
+    with FakeTensorMode():
+        layout = torch.load(path, weights_only=True)["model"]  # now each storage knows its place in the file
+    with open(path, "rb+") as file:
+        for (part, name), tensor in zip(keys, source, strict=True):
+            file.seek(layout[part][name].untyped_storage()._checkpoint_offset)
+            file.write(as_bytes(tensor))
+
+
+def as_bytes(tensor: Tensor):
+    """Return the bytes of a tensor, as an array (n,) uint8."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
-def write_safetensors(path: Path, shapes: dict, dtype: torch.dtype, tensors):
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = dict(dtype=DTYPES[dtype], shape=list(shape), data_offsets=[start, end])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for shape, tensor in zip(shapes.values(), tensors, strict=False):
-            f.write(raw((tensor if tuple(tensor.shape) == shape else pad_rows(tensor, shape[0])).to(dtype)))
-
-
-def write_pt(path: Path, like: dict, tensors):
-    """torch.save lays out the file without the data, so nothing has to hold, or map, all tensors at once."""
-    fused, parts = any(name.startswith(TOWER_NAMES[1]) for name in like), {}
-    places = [to_prismatic(name, fused).split(".", 1) for name in like]
-    with FakeTensorMode():
-        for (part, key), tensor in zip(places, like.values(), strict=True):
-            parts.setdefault(part, {})[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save({"model": parts}, path)
-    with FakeTensorMode():
-        parts = torch.load(path, weights_only=True)["model"]
-    with open(path, "rb+") as f:
-        for (part, key), tensor in zip(places, tensors, strict=True):
-            f.seek(parts[part][key].untyped_storage()._checkpoint_offset)
-            f.write(raw(tensor))
-
-
 # -----------------------------------------------------------------------------
-# Commands. They raise ValueError or OSError before anything is written.
+# prismatic-to-hf: training run -> Hugging Face layout
 
 
-def prismatic_to_hf(run, out, tokenizer="", config="", vision=(), dtype="bfloat16"):
-    (path, info, stats), out, torch_dtype = find_run(Path(run)), Path(out), getattr(torch, dtype)
+def prismatic_to_hf(
+    run: str | Path,
+    out: str | Path,
+    tokenizer: str = "",
+    config: str = "",
+    vision: Iterable[str] = (),
+    dtype: str = "bfloat16",
+    progress: Callable = no_progress,
+):
+    """
+    Convert a training run into a folder in Hugging Face layout, with all that the official classes need besides.
+
+    run: a run folder, or one .pt of it. tokenizer: a tokenizer.model, or a folder that has one.
+    config: a JSON file with "vision_configs" and "text_config", for a model of unusual size.
+    vision: files of timm for vision encoders that the run lacks. dtype: of the weights that are written.
+    Raises ValueError or OSError before anything is written.
+    """
+    out = Path(out)
+    training_run = find_run(Path(run))
     if not tokenizer:
         raise ValueError("--tokenizer FILE is missing: a training run has no tokenizer.model, openvla-7b has one")
-    files, tensors = Tokenizer(tokenizer).files(), open_run(path, vision)
-    cfg = infer_config(path, tensors, info | (json.loads(Path(config).read_text("utf-8")) if config else {}))
-    shards, room, total, n = [], 0, 0, len(cfg.vision)
-    for name, tensor in tensors.items():
-        shape = (cfg.text.vocab_size, tensor.shape[1]) if name in VOCABULARY else tuple(tensor.shape)
-        if (nbytes := math.prod(shape) * torch_dtype.itemsize) > room:
-            shards, room = [*shards, {}], SHARD_BYTES
-        shards[-1][name] = shape
-        room, total = room - nbytes, total + nbytes
-    prepare(out, total)
-    for name, content in files.items():
-        write_atomically(out / name, lambda tmp, content=content: tmp.write_bytes(content))
-    means, stds = ImageProcessor.means[-n:], ImageProcessor.stds[-n:]  # rounded to bfloat16, as tvf_* are officially
-    processor = ImageProcessor(cfg.vision[0].img_size, cfg.extra["image_resize_strategy"], means, stds)
-    processor.trained_on = tuple(info.get("trained_on", ()))
-    means, stds = [[0.485, 0.456, 0.406], [0.5] * 3][-n:], [[0.229, 0.224, 0.225], [0.5] * 3][-n:]
-    write_json(out / "preprocessor_config.json", processor.to_dict() | dict(means=means, stds=stds))
-    version = dict(transformers_version="4.40.1")
-    tokens = dict(_from_model_config=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
-    write_json(out / "generation_config.json", tokens | version)
-    if stats:
-        write_json(out / "dataset_statistics.json", stats)
-    hf = cfg.to_dict() | dict(norm_stats=stats, torch_dtype=dtype) | version
-    hf["text_config"]["torch_dtype"] = dtype
-    write_json(out / "config.json", hf)
-    source, where = stream(lambda: open_run(path, vision), tensors), {}
-    for i, part in enumerate(shards):
+    tokenizer_files = Tokenizer(tokenizer).files()
+
+    # What is in the run?
+    tensors = open_run(training_run.weights, vision)
+    sizes = read_json(config) if config else {}
+    cfg = infer_config(training_run.weights, tensors, {**training_run.config, **sizes})
+
+    # Where does each tensor go?
+    torch_dtype = getattr(torch, dtype)
+    shapes = {name: stored_shape(name, tuple(tensor.shape), cfg) for name, tensor in tensors.items()}
+    nbytes = {name: math.prod(shape) * torch_dtype.itemsize for name, shape in shapes.items()}
+    shards = split_into_shards(nbytes, SHARD_BYTES)
+    total_size = sum(nbytes.values())
+    check_target(out, total_size)
+
+    # All that is not weights.
+    for name, content in tokenizer_files.items():
+        with atomic_write(out / name) as temporary:
+            temporary.write_bytes(content)
+    write_preprocessor_config(out, cfg, training_run)
+    write_generation_config(out)
+    if training_run.statistics:
+        write_json(out / STATISTICS, training_run.statistics)
+    write_hf_config(out, cfg, training_run, dtype)
+
+    # The weights. The index comes last: with it the folder is whole.
+    source = stream(lambda: open_run(training_run.weights, vision), tensors, progress)
+    files = {}
+    for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_atomically(out / file, lambda tmp, part=part: write_safetensors(tmp, part, torch_dtype, source))
-        where |= dict.fromkeys(part, file)
-    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": where})  # last: now the folder is whole
+        with atomic_write(out / file) as temporary:
+            write_safetensors(temporary, {name: shapes[name] for name in names}, torch_dtype, source)
+        files.update(dict.fromkeys(names, file))
+    write_json(out / INDEX, {"metadata": {"total_size": total_size}, "weight_map": files})
 
 
-def hf_to_prismatic(folder, out):
-    cfg, files, out = check_folder(folder), weight_files(Path(folder)), Path(out)
-    refuse_quantized(cfg, folder)
-    tensors, stats, ids = open_safetensors(files), cfg.extra["norm_stats"], {cfg.extra.get(key) for key in IDS}
-    bases = [b for b, v in BASE_VLMS.items() if ("dino" in b) == (len(cfg.vision) == 2) and ids <= {None, *v}]
-    if not bases:
-        raise ValueError(f"{folder}: config.json has {ids}, the official code trains {list(BASE_VLMS.values())}")
-    for problem in official_limits(tensors, cfg):
-        print(f"note: the official code will not load it, {problem}")
-    prepare(out, sum(t.nbytes for t in tensors.values()))
-    source = stream(lambda: open_safetensors(files), tensors)
-    write_atomically(out / "checkpoints/latest-checkpoint.pt", lambda tmp: write_pt(tmp, tensors, source))
-    model = dict(zip(IDS, BASE_VLMS[bases[0]], strict=True)) | dict(llm_max_length=2048)
-    model |= dict(arch_specifier=cfg.to_dict()["arch_specifier"])
-    run = {"vla": {"base_vlm": bases[0]}} if stats else {"model": {"model_id": bases[0], **model}}
-    run |= dict(vision_configs=[asdict(v) for v in cfg.vision], text_config=asdict(cfg.text))  # our own keys
-    if (Path(folder) / "preprocessor_config.json").is_file():
-        run["trained_on"] = ImageProcessor.from_pretrained(folder).trained_on
-    if stats:
-        write_json(out / "dataset_statistics.json", stats)
-    write_json(out / "config.json", run)
+def write_preprocessor_config(out: Path, cfg: OpenVLAConfig, training_run: TrainingRun):
+    """Write preprocessor_config.json for one or two vision encoders."""
+    num_encoders = len(cfg.vision)
+    processor = ImageProcessor(
+        size=cfg.vision[0].img_size,
+        strategy=cfg.extra["image_resize_strategy"],
+        means=ImageProcessor.means[-num_encoders:],
+        stds=ImageProcessor.stds[-num_encoders:],
+        trained_on=tuple(training_run.config.get("trained_on", ())),
+    )
+    exact = {"means": EXACT_MEANS[-num_encoders:], "stds": EXACT_STDS[-num_encoders:]}
+    write_json(out / "preprocessor_config.json", {**processor.to_dict(), **exact})
+
+
+def write_generation_config(out: Path):
+    """Write generation_config.json, which is the same for all models."""
+    content = {
+        "_from_model_config": True,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "transformers_version": TRANSFORMERS_VERSION,
+    }
+    write_json(out / "generation_config.json", content)
+
+
+def write_hf_config(out: Path, cfg: OpenVLAConfig, training_run: TrainingRun, dtype: str):
+    """Write config.json as the official export does."""
+    content = {
+        **cfg.to_dict(),
+        "norm_stats": training_run.statistics,
+        "torch_dtype": dtype,
+        "transformers_version": TRANSFORMERS_VERSION,
+    }
+    content["text_config"]["torch_dtype"] = dtype
+    write_json(out / "config.json", content)
 
 
 # -----------------------------------------------------------------------------
-# check: what a folder is, and who can load it
-
-ROBOTS = {  # by the start of a dataset's name; from the overview table of Open X-Embodiment
-    "Franka": "taco_play berkeley_cable viola toto stanford_hydra austin_ nyu_franka furniture_bench iamlab utaustin "
-              "droid fmb cmu_playing",
-    "Franka, simulated": "libero maniskill", "WidowX": "bridge", "Google robot": "fractal bc_z", "Sawyer": "roboturk",
-    "xArm": "language_table nyu_rot ucsd_ utokyo_ berkeley_mvp berkeley_rpt", "KUKA iiwa": "kuka stanford_kuka",
-    "UR5": "berkeley_autolab columbia_cairlab", "Hello Stretch": "cmu_stretch dobbe nyu_door", "Jaco 2": "jaco",
-}  # fmt: skip
+# hf-to-prismatic: Hugging Face layout -> training run
 
 
-def check(folder) -> bool:
-    """Print what a folder is and who can load it. False if something is missing or wrong."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    kinds = {"adapter_config.json": ("a LoRA adapter", check_adapter)}
-    kinds |= {"checkpoints/*.pt": ("a training run (Prismatic)", check_run)}
-    kinds |= dict.fromkeys(("*.safetensors", INDEX), ("a model in Hugging Face layout", check_hf))
-    found = [kind for pattern, kind in kinds.items() if any(Path(folder).glob(pattern))]
-    if not found:
-        below = sorted({str(path.parent) for name in kinds for path in Path(folder).glob(f"*/{name}")})
-        raise ValueError(f"{folder}: no checkpoint, it has none of {', '.join(kinds)}; try {below or 'another folder'}")
-    (what, look), official = found[0], []
-    print(f"{folder}: {what}")
+def hf_to_prismatic(folder: str | Path, out: str | Path, progress: Callable = no_progress):
+    """
+    Convert a folder in Hugging Face layout into a training run, from which the official training script can go on.
+    Prints what keeps it from doing so. Raises ValueError or OSError before anything is written.
+    """
+    folder = Path(folder)
+    out = Path(out)
+    refuse_lora_run(folder)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.refuse_quantized()
+    base = choose_base_vlm(checkpoint)
+
+    files = weight_files(folder)
+    tensors = open_safetensors(files)
+    for problem in official_limits(tensors, checkpoint.config):
+        print(f"note: the official code will not load it, {problem}")
+    check_target(out, sum(tensor.nbytes for tensor in tensors.values()))
+
+    # The weights.
+    source = stream(lambda: open_safetensors(files), tensors, progress)
+    with atomic_write(out / LATEST) as temporary:
+        write_pt(temporary, tensors, source)
+
+    # config.json comes last: with it the run is whole.
+    if checkpoint.norm_stats:
+        write_json(out / STATISTICS, checkpoint.norm_stats)
+    write_json(out / "config.json", run_config(checkpoint, base))
+
+
+def refuse_lora_run(folder: Path):
+    """Raise ValueError for an adapter, which is not a model of its own."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is a LoRA run; make it one folder first: convert_weights.py merge-lora {folder} OUT"
+        )
+
+
+def choose_base_vlm(checkpoint: Checkpoint) -> str:
+    """Return the base VLM of this kind of model. Raises ValueError if the official code has none."""
+    config = checkpoint.config
+    found = {key: config.extra.get(key) for key in BASE_VLM_KEYS}
+    for base, expected in BASE_VLMS.items():
+        agrees = all(found[key] in (None, expected[key]) for key in BASE_VLM_KEYS)
+        if agrees and len(timm_ids(base)) == len(config.vision):
+            return base
+    raise ValueError(
+        f"{checkpoint.folder}: config.json has {found} for {len(config.vision)} vision encoders, the official code "
+        f"trains {BASE_VLMS}"
+    )
+
+
+def run_config(checkpoint: Checkpoint, base: str) -> dict:
+    """Return the config.json of a training run: of a base VLM if the model has no statistics of actions."""
+    config = checkpoint.config
+    if checkpoint.norm_stats:
+        content = {"vla": {"base_vlm": base}}
+    else:
+        model = {
+            "model_id": base,
+            **BASE_VLMS[base],
+            "llm_max_length": LLM_MAX_LENGTH,
+            "arch_specifier": config.to_dict()["arch_specifier"],
+        }
+        content = {"model": model}
+
+    # Our own keys, so that nothing is lost on the way back.
+    content["vision_configs"] = [asdict(vit) for vit in config.vision]
+    content["text_config"] = asdict(config.text)
+    if (checkpoint.folder / "preprocessor_config.json").is_file():
+        content["trained_on"] = checkpoint.processor.trained_on
+    return content
+
+
+# -----------------------------------------------------------------------------
+# quantize: the language model's layers in 8 or 4 bits
+
+
+def quantize_folder(
+    folder: str | Path, out: str | Path, bits: int = 4, group: int = 128, progress: Callable = no_progress
+):
+    """
+    Write a folder in Hugging Face layout again, with the language model's layers in 8 or 4 bits. Only this code reads
+    it. group: of 4 bits, how many inputs share a scale. `out` appears when it is whole.
+    Raises ValueError or OSError before anything is written.
+    """
+    folder = Path(folder)
+    out = Path(out)
+    checkpoint = check_quantizable(folder, out, bits, group)
+
+    # A folder that was left by a killed process is started anew.
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+    files = write_quantized_weights(temporary, checkpoint, bits, group, progress)
+    write_json(temporary / INDEX, {"metadata": {}, "weight_map": files})
+
+    # Tokenizer, image processor and statistics are the same.
+    for path in folder.iterdir():
+        is_of_weights = path.name in (INDEX, "config.json")
+        if path.is_file() and path.suffix in (".json", ".model") and not is_of_weights:
+            shutil.copyfile(path, temporary / path.name)
+    config = read_json(folder / "config.json")
+    write_json(temporary / "config.json", {**config, "quantization": {"bits": bits, "group": group}})
+    temporary.rename(out)
+
+
+def check_quantizable(folder: Path, out: Path, bits: int, group: int) -> Checkpoint:
+    """Open the folder that is to be quantized. Raises ValueError if it cannot be, or OSError if a file is missing."""
+    refuse_lora_run(folder)
+    if is_oft(folder):
+        raise ValueError(f"{folder} is an OFT policy; only token models are quantized")
+    checkpoint = open_checkpoint(folder)
+    if bits not in (4, 8) or group not in (32, 64, 128, 256):
+        raise ValueError(f"--bits {bits} --group {group}: bits must be 8 or 4, group 32, 64, 128 or 256")
+    if checkpoint.quantization:
+        raise ValueError(f"{folder} is quantized already: {checkpoint.quantization}")
+
+    text = checkpoint.config.text
+    for width in (text.hidden_size, text.intermediate_size):
+        if bits == 4 and width % group != 0:
+            raise ValueError(
+                f"--group {group} does not divide the layers' {width} inputs; choose a smaller one, or 8 bits"
+            )
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder, or remove it")
+    return checkpoint
+
+
+def write_quantized_weights(out: Path, checkpoint: Checkpoint, bits: int, group: int, progress: Callable) -> dict:
+    """Write the safetensors files of a quantized folder. Returns tensor name -> file name."""
+    files = {}
+    for i, shard in enumerate(quantized_shards(checkpoint, bits, group, progress)):
+        file = f"model-{i + 1:05d}.safetensors"
+        with atomic_write(out / file) as temporary:
+            save_file(shard, temporary, {"format": "pt"})
+        files.update(dict.fromkeys(shard, file))
+    return files
+
+
+def quantized_shards(checkpoint: Checkpoint, bits: int, group: int, progress: Callable) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of one file after another by name. They are gone when the next file's are asked for."""
+    quantized_weights = {f"{layer}.weight" for layer in layers_to_quantize(checkpoint.skeleton)}
+    shard = {}
+    sources = weight_map(checkpoint.folder)  # tensor name -> file, in the order of the index
+    for name, source in progress(sources.items(), "quantizing", "tensors"):
+        if is_unused(name, checkpoint.config):
+            continue
+        with safe_open(source, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if name in quantized_weights:
+            layer = name.removesuffix(".weight")
+            for kind, part in quantize(tensor, bits, group).items():
+                shard[f"{layer}.{kind}"] = part.contiguous()
+        else:
+            shard[name] = tensor.clone()
+
+        if sum(part.nbytes for part in shard.values()) > QUANTIZED_SHARD_BYTES:
+            yield shard
+            shard.clear()  # frees the memory before more is read
+    if shard:
+        yield shard
+
+
+# -----------------------------------------------------------------------------
+# check: what is in this folder, and who can load it?
+
+ADAPTER = "a LoRA adapter"
+RUN = "a training run (Prismatic)"
+MODEL = "a model in Hugging Face layout"
+KINDS = {  # a pattern of files -> what a folder is that has one of them; the first that matches
+    ADAPTER_CONFIG: ADAPTER,
+    "checkpoints/*.pt": RUN,
+    "*.safetensors": MODEL,
+    INDEX: MODEL,
+}
+ROBOTS = {  # robot -> how names of its datasets start; from the overview table of Open X-Embodiment
+    "Franka": (
+        "taco_play berkeley_cable viola toto stanford_hydra austin_ nyu_franka furniture_bench iamlab utaustin droid "
+        "fmb cmu_playing"
+    ),
+    "Franka, simulated": "libero maniskill",
+    "WidowX": "bridge",
+    "Google robot": "fractal bc_z",
+    "Sawyer": "roboturk",
+    "xArm": "language_table nyu_rot ucsd_ utokyo_ berkeley_mvp berkeley_rpt",
+    "KUKA iiwa": "kuka stanford_kuka",
+    "UR5": "berkeley_autolab columbia_cairlab",
+    "Hello Stretch": "cmu_stretch dobbe nyu_door",
+    "Jaco 2": "jaco",
+}
+
+
+@dataclass
+class Description:
+    """What `check` says of a folder."""
+
+    lines: list[str]
+    official_problems: list[str] = field(default_factory=list)  # why the official code cannot load it
+    incomplete: str = ""  # what is missing or wrong, if anything is
+
+
+def check(folder: str | Path) -> bool:
+    """
+    Print what a folder is and who can load it. Returns False if something is missing or wrong. Raises ValueError or
+    FileNotFoundError if it is no checkpoint.
+    """
+    folder = Path(folder)
+    kind = kind_of(folder)
+    print(f"{folder}: {kind}")
     try:
-        for line in look(Path(folder), official):
-            print(f"  {line}")
+        if kind == ADAPTER:
+            description = describe_adapter(folder)
+        elif kind == RUN:
+            description = describe_run(folder)
+        else:
+            description = describe_model(folder)
     except (ValueError, OSError) as error:
-        print(f"  incomplete: {error}\n  loads neither here nor in the official code")
+        description = Description([], incomplete=str(error))
+
+    for line in description.lines:
+        print(f"  {line}")
+    if description.incomplete:
+        print(f"  incomplete: {description.incomplete}")
+        print("  loads neither here nor in the official code")
         return False
-    print(f"  loads in the official code: {'no, ' + '; '.join(official) if official else 'yes'}")
+    problems = "; ".join(description.official_problems)
+    print(f"  loads in the official code: {'no, ' + problems if problems else 'yes'}")
     return True
 
 
-def check_hf(folder: Path, official: list):
-    cfg = check_folder(folder)
-    tensors, files = open_safetensors(weight_files(folder)), Tokenizer(folder).files()
-    strategy = ImageProcessor.from_pretrained(folder).strategy
-    yield from describe(tensors, cfg.extra["norm_stats"])
-    yield f"pictures: {strategy}; prompt: {prompt_for(cfg.extra)!r}"
-    yield "complete: every tensor is as config.json says, tokenizer and image processor are here"
-    yield "loads in this code: yes"
-    official += [f"config.json has no {key}" for key in IDS if key not in cfg.extra]
-    official += [f"{name} is missing" for name in files if not (folder / name).exists()] + official_limits(tensors, cfg)
+def kind_of(folder: Path) -> str:
+    """Return which of KINDS a folder is. Raises FileNotFoundError or ValueError if it is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    for pattern, kind in KINDS.items():
+        if any(folder.glob(pattern)):
+            return kind
+
+    below = set()
+    for pattern in KINDS:
+        below.update(str(path.parent) for path in folder.glob(f"*/{pattern}"))
+    hint = sorted(below) or "another folder"
+    raise ValueError(f"{folder}: no checkpoint, it has none of {', '.join(KINDS)}; try {hint}")
 
 
-def check_run(folder: Path, official: list):
-    path, run, stats = find_run(folder)
-    tensors = open_run(path)
-    yield f"{path.name}: {'a vision-language-action model' if stats else 'a base VLM, without actions'}"
-    yield from describe(tensors, stats)
+def describe_model(folder: Path) -> Description:
+    """Describe a model in Hugging Face layout. Raises ValueError or OSError if it is not whole."""
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    tensors = open_safetensors(weight_files(folder))
+    strategy = checkpoint.processor.strategy
+    tokenizer_files = checkpoint.tokenizer.files()
+
+    lines = [
+        *describe_tensors(tensors),
+        *describe_actions(checkpoint.norm_stats),
+        f"images: {strategy}; prompt: {prompt_for(config.extra)!r}",
+        "complete: every tensor is as config.json says, tokenizer and image processor are here",
+        "loads in this code: yes",
+    ]
+    problems = [f"config.json has no {key}" for key in BASE_VLM_KEYS if key not in config.extra]
+    problems += [f"{name} is missing" for name in tokenizer_files if not (folder / name).exists()]
+    problems += official_limits(tensors, config)
+    return Description(lines, problems)
+
+
+def describe_run(folder: Path) -> Description:
+    """Describe a training run. Raises ValueError or OSError if its files cannot be read."""
+    run = find_run(folder)
+    tensors = open_run(run.weights)
+    kind = "a vision-language-action model" if run.statistics else "a base VLM, without actions"
+    lines = [f"{run.weights.name}: {kind}", *describe_tensors(tensors), *describe_actions(run.statistics)]
+
     try:
-        official += official_limits(tensors, infer_config(path, tensors, run))
-        yield "complete: every tensor is as config.json says"
-        yield "loads in this code: after `prismatic-to-hf`"
+        config = infer_config(run.weights, tensors, run.config)
+    except OptionNeeded as error:  # all that is missing can be given
+        lines.append(f"loads in this code: after `prismatic-to-hf`, but {error}")
+        return Description(lines, ["not as it is"])
     except ValueError as error:
-        if not re.search("--(config|vision) FILE", str(error)):  # all that is missing can be given
-            raise
-        yield f"loads in this code: after `prismatic-to-hf`, but {error}"
-        official.append("not as it is")
+        return Description(lines, incomplete=str(error))
+    lines.append("complete: every tensor is as config.json says")
+    lines.append("loads in this code: after `prismatic-to-hf`")
+    return Description(lines, official_limits(tensors, config))
 
 
-def check_adapter(folder: Path, official: list):
-    info = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    shapes, rank = read_header(folder / "adapter_model.safetensors"), info.get("r")
-    halves = [{name.replace(half, ".") for name in shapes if half in name} for half in (".lora_A.", ".lora_B.")]
-    wrong = halves[0] ^ halves[1] or {name for name, s in shapes.items() if ".lora_A." in name and s[0] != rank}
+def describe_adapter(folder: Path) -> Description:
+    """Describe a LoRA adapter. Raises ValueError or OSError if it is not whole."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    shapes = read_header(folder / ADAPTER_WEIGHTS)
+    rank = config.get("r")
+    layers_with_A = {name.replace(".lora_A.", ".") for name in shapes if ".lora_A." in name}
+    layers_with_B = {name.replace(".lora_B.", ".") for name in shapes if ".lora_B." in name}
+    not_paired = layers_with_A ^ layers_with_B
+    of_other_rank = {name for name, shape in shapes.items() if ".lora_A." in name and shape[0] != rank}
+    wrong = not_paired or of_other_rank
     if wrong:
-        raise ValueError(f"{min(wrong)} needs a lora_A and a lora_B of rank {rank}, as adapter_config.json says")
-    yield f"rank {rank}, alpha {info.get('lora_alpha')}, on {info.get('base_model_name_or_path')}"
-    yield f"complete: {len(halves[0])} layers, each with lora_A and lora_B of that rank"
-    yield "loads in this code: on its base checkpoint, or after `merge-lora`"
+        raise ValueError(f"{min(wrong)} needs a lora_A and a lora_B of rank {rank}, as {ADAPTER_CONFIG} says")
+
+    lines = [
+        f"rank {rank}, alpha {config.get('lora_alpha')}, on {config.get('base_model_name_or_path')}",
+        f"complete: {len(layers_with_A)} layers, each with lora_A and lora_B of that rank",
+        "loads in this code: on its base checkpoint, or after `merge-lora`",
+    ]
+    return Description(lines)
 
 
-def describe(tensors: dict, stats: dict):
-    counts = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())
-    size = sum(t.nbytes for t in tensors.values()) / 1e9
-    yield f"weights: {size:.3f} GB, {', '.join(f'{n} tensors in {dtype}' for dtype, n in counts.items())}"
-    for key, entry in stats.items():
-        robot = next((r for r, names in ROBOTS.items() if key.startswith(tuple(names.split()))), "robot unknown")
-        limits = zip(entry["action"]["q01"], entry["action"]["q99"], strict=True)
-        yield f"actions of {key} ({robot}): {', '.join(f'{low:.3g} to {high:.3g}' for low, high in limits)}"
+def describe_tensors(tensors: dict[str, Tensor]) -> list[str]:
+    """Return a line on the size and the dtypes of the weights."""
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    counts = ", ".join(f"{count} tensors in {dtype}" for dtype, count in dtypes.items())
+    gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+    return [f"weights: {gigabytes:.3f} GB, {counts}"]
 
 
-def official_limits(tensors: dict, cfg: OpenVLAConfig) -> list[str]:
-    """What keeps the official code from loading these weights, which this code takes."""
-    lost = sum(14 + 2 * v.layer_scale + 13 * (not v.cls_token) for v in cfg.vision)  # a block, a norm, SigLIP's pool
-    lost -= sum(is_unused(name, cfg) for name in tensors)
-    problems = [f"{lost} tensors are missing that never run but that it wants"] if lost else []
-    released = cfg.vision == list(TOWERS.values())[-len(cfg.vision) :]
-    return problems if released else [*problems, "the towers are not of the released size"]
+def describe_actions(norm_stats: dict) -> list[str]:
+    """Return a line for each dataset: its robot, and the range of its actions."""
+    lines = []
+    for dataset, entry in norm_stats.items():
+        action = entry["action"]
+        pairs = zip(action["q01"], action["q99"], strict=True)
+        ranges = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in pairs)
+        lines.append(f"actions of {dataset} ({robot_of(dataset)}): {ranges}")
+    return lines
+
+
+def robot_of(dataset: str) -> str:
+    """Return the robot of a dataset, by the dataset's name."""
+    for robot, starts in ROBOTS.items():
+        if dataset.startswith(tuple(starts.split())):
+            return robot
+    return "robot unknown"
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("prismatic-to-hf", help="a training run of the official code -> Hugging Face layout")
+    command.add_argument("source", help="the run's folder, whose latest .pt is taken; or one .pt of it")
+    command.add_argument("out", help="new folder, in Hugging Face layout")
+    command.add_argument("--tokenizer", default="", help="a tokenizer.model, or a folder that has one; needed")
+    command.add_argument(
+        "--config", default="", help="JSON with vision_configs and text_config, for a model of unusual size"
+    )
+    command.add_argument(
+        "--vision", default=(), nargs="+", help="timm's file of each vision encoder, DINOv2 first, if the run has none"
+    )
+    command.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights that are written; default bfloat16",
+    )
+
+    command = commands.add_parser("hf-to-prismatic", help="Hugging Face layout -> a training run of the official code")
+    command.add_argument("source", help="folder in Hugging Face layout")
+    command.add_argument("out", help="new run folder")
+
+    command = commands.add_parser("merge-lora", help="a LoRA run and its base checkpoint -> Hugging Face layout")
+    command.add_argument("source", help="run folder of finetune_lora.py or finetune_oft.py, or an adapter of PEFT")
+    command.add_argument("out", help="new folder, in Hugging Face layout")
+
+    command = commands.add_parser("quantize", help="Hugging Face layout -> the same in 8 or 4 bits, for inference")
+    command.add_argument("source", help="folder in Hugging Face layout")
+    command.add_argument("out", help="new folder, which only this code reads")
+    command.add_argument("--bits", type=int, default=4, help="8 or 4; default 4")
+    command.add_argument(
+        "--group",
+        type=int,
+        default=128,
+        help="of 4 bits: how many inputs share a scale; 32, 64, 128 or 256; default 128",
+    )
+
+    command = commands.add_parser("check", help="what a folder is, if it is complete, and who can load it")
+    command.add_argument("source", help="folder")
+    return parser
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run one command. Returns the exit code. Raises ValueError or OSError that says what to fix."""
+    if args.command == "prismatic-to-hf":
+        prismatic_to_hf(
+            args.source,
+            args.out,
+            tokenizer=args.tokenizer,
+            config=args.config,
+            vision=args.vision,
+            dtype=args.dtype,
+            progress=show_progress,
+        )
+    elif args.command == "hf-to-prismatic":
+        hf_to_prismatic(args.source, args.out, progress=show_progress)
+    elif args.command == "merge-lora":
+        merge_lora(args.source, args.out, progress=show_progress)
+    elif args.command == "quantize":
+        quantize_folder(args.source, args.out, bits=args.bits, group=args.group, progress=show_progress)
+    elif args.command == "check":
+        is_good = check(args.source)
+        return 0 if is_good else 2
+    return 0
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    functions = {"prismatic-to-hf": prismatic_to_hf, "hf-to-prismatic": hf_to_prismatic, "merge-lora": merge_lora}
-    functions["check"] = check
-    for name in functions:
-        commands.add_parser(name).add_argument("source")
-        if name != "check":
-            commands.choices[name].add_argument("out")
-    add = commands.choices["prismatic-to-hf"].add_argument
-    add("--tokenizer", default="", help="tokenizer.model, or a folder that has one")
-    add("--config", default="", help="JSON with vision_configs and text_config, for a model of unusual size")
-    add("--vision", default=(), nargs="+", help="timm's file of each tower, DINOv2 first, if the run lacks them")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    args = vars(parser.parse_args(argv))
+    args = build_parser().parse_args(argv)
     try:
-        good = functions[args.pop("command")](args.pop("source"), **args)
+        exit_code = run_command(args)
     except (ValueError, OSError) as error:
         fail(error)
-    raise SystemExit(2 if good is False else 0)
+    raise SystemExit(exit_code)
 
 
 if __name__ == "__main__":

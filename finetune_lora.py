@@ -1,42 +1,49 @@
 """
 Fine-tune on one GPU: only low-rank adapters train, the base checkpoint stays as it is.
 
-    python finetune_lora.py                        # the toy world's model learns a changed world, on a CPU
     python finetune_lora.py --config libero_lora.py --base_checkpoint openvla-7b --data_root_dir DIR
-    python finetune_lora.py --merge runs/libero --out openvla-7b-libero
+    python convert_weights.py merge-lora runs/libero_spatial_lora openvla-7b-libero-spatial
 
 The loop is that of train.py. The run folder holds the adapter in PEFT's files, the dataset statistics and the
-preprocessing beside what train.py leaves; sample.py takes it as it is, or the merged folder.
+preprocessing; sample.py takes it as it is, or the merged folder. `python -m toy.transfer` shows it in the toy world.
 
 OpenVLA section 5.3, https://arxiv.org/abs/2406.09246; vla-scripts/finetune.py of github.com/openvla/openvla; QLoRA
 https://arxiv.org/abs/2305.14314.
 """
 
-import json
 import sys
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import train
-from configurator import configure
-from lora import PARTS, add_lora, merge, save_adapter
-from speed import nf4
+from configurator import configure, fail
+from distributed import barrier, exit_cleanly, is_main_process
+from formats.dataset import RobotDataset
+from lora import PARTS, add_lora, save_adapter
+from model import OpenVLA
+from speed.nf4 import quantize_linears
+from train import Trainee, check_token_model, load_or_create, write_preparation
+
+WHAT_TO_GIVE = (
+    "give a config file and what it needs, for example\n"
+    "    python finetune_lora.py --config libero_lora.py --base_checkpoint openvla-7b --data_root_dir DIR\n"
+    "`python -m toy.transfer` fine-tunes the toy model of quickstart.py and needs nothing else"
+)
 
 
 @dataclass
 class Config(train.Config):
+    # Adapters
     lora_rank: int = 32
     lora_alpha: float = 0.0  # 0: min(rank, 16)
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = tuple(PARTS)  # which parts get adapters: vision, projector, language
     quantize_base: str = ""  # nf4: keep the frozen weights in 4 bits (QLoRA)
-    merge: str = ""  # instead of training: a run folder, to be folded into its base ...
-    out: str = ""  # ... and written here
-    # defaults other than train.py's, as in the official script
+
+    # Other defaults than train.py's, as in the official script
     batch_size: int = 16
     micro_batch_size: int = 16
     max_steps: int = 200_000
@@ -47,38 +54,57 @@ class Config(train.Config):
     export_every_save: bool = True  # the adapter, with each checkpoint
 
 
-def build(cfg: Config):
-    """The base checkpoint, frozen, in the dtype it is stored in or 4 bits, with float32 adapters at identity."""
-    model, tokenizer, processor = train.start(cfg)
+def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
+    """Build the base checkpoint with adapters, which alone train."""
+    check_token_model(cfg)
+    model, tokenizer, processor = build_adapted(cfg)
+    return Trainee(model, model, tokenizer, processor, export_adapter, exports_whole_model=False)
+
+
+def build_adapted(cfg: Config):
+    """
+    Return the base checkpoint, frozen, in the dtype it is stored in or in 4 bits, with float32 adapters that change
+    nothing yet; tokenizer and image processor.
+    """
+    check(cfg)
+    model, tokenizer, processor = load_or_create(cfg)
     if cfg.quantize_base:
-        nf4.quantize_linears(model)
+        quantize_linears(model)
     torch.manual_seed(cfg.seed)
     add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     return model, tokenizer, processor
 
 
-def export(run: Path, model, tokenizer, processor, stats: dict, cfg: Config):
-    """The adapter, and what sample.py needs beside the base, into the run folder."""
+def export_adapter(run: Path, trainee: Trainee, statistics: dict, cfg: Config):
+    """Write the adapter, and what sample.py needs besides the base checkpoint, into the run folder."""
+    adapters = gather_trained(trainee.model)
+    if is_main_process():
+        write_run(run, trainee, adapters, statistics, cfg)
+    barrier()
+
+
+def gather_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that train, whole and on the CPU, from all processes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=options)
-    if train.main_process():
-        write_run(run, model, state, tokenizer, processor, stats, cfg)
-    train.barrier()
+    return get_model_state_dict(model, options=options)
 
 
-def write_run(run: Path, model, adapters: dict, tokenizer, processor, stats: dict, cfg: Config):
-    unused = {name: w for name, w in model.unused.items() if ".lora_" in name}
-    train.write_preparation(run, tokenizer, processor, stats)
-    save_adapter(model, run, cfg.base_checkpoint, adapters | unused)
+def write_run(run: Path, trainee: Trainee, adapters: dict, statistics: dict, cfg: Config):
+    """Write an adapter with all that goes with it. adapters: those of modules that run."""
+    write_preparation(run, trainee.tokenizer, trainee.processor, statistics)
+    save_adapter(trainee.vla, run, cfg.base_checkpoint, {**adapters, **unused_adapters(trainee.vla)})
+
+
+def unused_adapters(model: OpenVLA) -> dict[str, torch.Tensor]:
+    """Return the adapters of modules that never run, which PEFT makes and saves too."""
+    return {name: weight for name, weight in model.unused.items() if ".lora_" in name}
 
 
 def check(cfg: Config):
     """Raise ValueError for what train.py does not look at."""
-    if bool(cfg.merge) != bool(cfg.out):
-        raise ValueError("--merge RUN and --out FOLDER go together")
     if cfg.quantize_base not in ("", "nf4"):
         raise ValueError(f"--quantize_base {cfg.quantize_base!r}: only nf4 is known")
-    if not cfg.merge and not cfg.base_checkpoint:
+    if not cfg.base_checkpoint:
         raise ValueError("--base_checkpoint FOLDER is missing: LoRA starts from a trained model")
     if cfg.lora_rank < 1:
         raise ValueError(f"--lora_rank {cfg.lora_rank}: must be 1 or more")
@@ -86,47 +112,13 @@ def check(cfg: Config):
         raise ValueError("--train_parts is for train.py; here --lora_targets says where the adapters go")
 
 
-def toy_transfer(cfg: Config):
-    """The toy world's model in a changed world: before, with adapters, and with all weights trained as long."""
-    import sample
-    from toy import play
-    from toy import world as toy
-
-    if not Path(cfg.base_checkpoint).is_dir():
-        raise FileNotFoundError(f"{cfg.base_checkpoint}: no toy model there; `python train.py` trains it")
-    if not toy.is_written(cfg.data_root_dir, cfg.data_mix):
-        episodes = toy.demonstrations(toy.TRAIN, cfg.toy_episodes, toy.CHANGED)
-        toy.write_rlds(cfg.data_root_dir, dict(train=episodes), name=cfg.data_mix)
-
-    def show(name: str, folder: str, key: str) -> float:
-        ok = play.play(sample.load(folder), cfg.toy_scenes, key, world=toy.CHANGED).success
-        play.report(name, ok)
-        return float(ok.mean())
-
-    full = {f.name: getattr(cfg, f.name) for f in fields(train.Config)} | dict(run_dir=f"{cfg.run_dir}/full")
-    start = time.perf_counter()
-    result = {"before": show("the toy model in the changed world", cfg.base_checkpoint, "toy")}
-    train.train(cfg, build, export)
-    result["lora"] = show("adapters trained", cfg.run_dir, cfg.data_mix)
-    result["seconds"] = time.perf_counter() - start
-    train.train(train.Config(**full))  # the same steps at the same learning rate
-    result["full"] = show("all weights trained", f"{cfg.run_dir}/full/checkpoint", cfg.data_mix)
-    with open(Path(cfg.run_dir) / "metrics.jsonl", "a") as f:
-        f.write(json.dumps({f"toy/{k}": v for k, v in result.items()}) + "\n")
-
-
 def main(cfg: Config):
-    with train.ended_well():
+    with exit_cleanly():
         check(cfg)
-        if cfg.merge:
-            merge(cfg.merge, cfg.out)
-            print(f"{cfg.out}: {cfg.merge} folded into its base")
-            return
-        if cfg.toy_episodes:
-            toy_transfer(cfg)
-        else:
-            train.train(cfg, build, export)
+        train.train(cfg, build)
 
 
 if __name__ == "__main__":
-    main(configure(Config, sys.argv[1:] or ["--config", "toy_lora.py"]))
+    if len(sys.argv) == 1:
+        fail(WHAT_TO_GIVE)
+    main(configure(Config))

@@ -1,14 +1,18 @@
 """
-Pictures in, pixels for the two vision towers out; also the crop and colour changes of training.
+Images in, pixels for the vision encoders out; also the random crops and colours of training.
 
     file, PIL image, array -> to_rgb -> (H, W, 3) uint8 -> [center_crop] -> ImageProcessor -> (6, 224, 224) float32
 
-Two ways of resizing are in use and both are here. The model's own processor squashes to 224 x 224 with PIL's bicubic
-filter (prismatic/extern/hf/processing_prismatic.py of github.com/openvla/openvla). Training data and the LIBERO
-evaluation come through TensorFlow's antialiased Lanczos3 before that (`resize_lanczos3`), after which the processor
-has nothing left to resize. Random crops cover 90 % of the area, so a model trained with them wants `center_crop`.
+Two ways of resizing are in use, and both are here:
+- The model's own processor squashes to 224 x 224 with PIL's bicubic filter
+  (prismatic/extern/hf/processing_prismatic.py of github.com/openvla/openvla).
+- Training data and the LIBERO evaluation come through TensorFlow's antialiased Lanczos3 before that
+  (`resize_lanczos3`). The processor then has nothing left to resize.
 
-Axes: B batch, H height, W width; a picture is (H, W, 3) uint8 RGB unless said.
+Random crops cover 90 % of the area, so a model trained with them needs `center_crop` when it acts.
+
+Axes: B batch, C = 3 channels, H height, W width. An image is (H, W, 3) uint8 RGB unless said otherwise. Arithmetic is
+done on planes, (3, H, W) float32.
 """
 
 import io
@@ -16,71 +20,122 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-CROP_SIDE = 0.9**0.5  # the crop keeps 90 % of the area, not of the side
-WHOLE, CROPPED = ("lanczos3",), ("lanczos3", "center_crop")  # `trained_on`, without and with augmentation
+CROP_SIDE = 0.9**0.5  # side of a crop, as a share of the image's: it keeps 90 % of the area, not of the side
+
+# The two values of `ImageProcessor.trained_on`: what the images of a training run went through.
+WHOLE = ("lanczos3",)  # without augmentation: whole images, resized
+CROPPED = ("lanczos3", "center_crop")  # with augmentation: random crops, so the policy is shown the central one
 
 
-def to_rgb(image) -> np.ndarray:
+# -----------------------------------------------------------------------------
+# Any image -> (H, W, 3) uint8
+
+
+def to_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """
-    Path, PIL image or array -> (H, W, 3) uint8, as a person sees it: EXIF rotation applied, transparency on white,
-    palettes and grey expanded, 16 bits scaled to 8. Arrays: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or uint16.
-    Raises ValueError (unreadable file, other shape or dtype) or FileNotFoundError.
+    Return an image as (H, W, 3) uint8, as a person sees it: EXIF rotation applied, transparency on white, palettes and
+    grey expanded, 16 bits scaled to 8.
+
+    image: a path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or uint16.
+    Raises FileNotFoundError, or ValueError for an unreadable file and for another shape or dtype.
     """
     if isinstance(image, str | Path):
-        try:
-            image = Image.open(image)
-            image.load()
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(f"{image}: no such picture") from None
-            raise ValueError(f"{image}: not a readable picture ({error})") from None
+        image = open_image(image)
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("a picture of floating-point numbers: save it as 8 or 16 bits")
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            image = np.asarray(image).clip(0, 65535).astype(np.uint16)
-        else:
-            transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-            image = np.asarray(image.convert("RGBA" if transparent else "RGB"))
-    if not isinstance(image, np.ndarray) or image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3):
-        what = f"{image.dtype} {image.shape}" if hasattr(image, "shape") else type(image).__name__
-        raise ValueError(f"a picture must be a path, a PIL image or a uint8 array (H, W, 3), got {what}")
+        image = pil_to_array(image)
+    check_array(image)
+
     if image.dtype == np.uint16:
-        if 0 < image.max(initial=0) < 256:
-            raise ValueError(
-                f"a picture of 16 bits whose largest number is {image.max()}: make it uint8, or it is black"
-            )
-        image = np.round(image / 257).astype(np.uint8)
-    if image.ndim == 2 or image.shape[2] == 1:
-        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+        image = to_8_bits(image)
+    if image.ndim == 2:
+        image = image[:, :, None]  # (H, W) -> (H, W, 1)
+    if image.shape[2] == 1:
+        image = np.repeat(image, 3, axis=2)  # grey -> (H, W, 3)
     if image.shape[2] == 4:
-        alpha = image[:, :, 3:].astype(np.float32) / 255
-        image = np.round(image[:, :, :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+        image = put_on_white(image)
+
     if image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"a picture must be (H, W, 3), got {image.shape}; channels come last")
+        raise ValueError(f"an image must be (H, W, 3), got {image.shape}; channels come last")
     return image
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file. Raises FileNotFoundError or ValueError."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    return image
+
+
+def pil_to_array(image: Image.Image) -> np.ndarray:
+    """Return (H, W, 3) uint8, (H, W, 4) uint8 if some of it is transparent, or (H, W) uint16."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("an image of floating-point numbers: save it as 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return np.asarray(image).clip(0, 65535).astype(np.uint16)
+    is_transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if is_transparent else "RGB"))
+
+
+def check_array(image):
+    """Raise ValueError if this is no array that `to_rgb` takes."""
+    if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16) and image.ndim in (2, 3):
+        return
+    given = f"{image.dtype} {image.shape}" if hasattr(image, "shape") else type(image).__name__
+    raise ValueError(f"an image must be a path, a PIL image or a uint8 array (H, W, 3), got {given}")
+
+
+def to_8_bits(image: np.ndarray) -> np.ndarray:
+    """Scale uint16 to uint8. Raises ValueError if the numbers look like uint8 already: they would become black."""
+    largest = image.max(initial=0)
+    if 0 < largest < 256:
+        raise ValueError(f"an image of 16 bits whose largest number is {largest}: make it uint8, or it is black")
+    return np.round(image / 257).astype(np.uint8)  # 65535 -> 255
+
+
+def put_on_white(image: np.ndarray) -> np.ndarray:
+    """Blend (H, W, 4) over a white background -> (H, W, 3)."""
+    rgb = image[:, :, :3]
+    alpha = image[:, :, 3:].astype(np.float32) / 255
+    return np.round(rgb * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 # -----------------------------------------------------------------------------
 # The model's own processor
 
+STRATEGIES = (
+    "resize-naive",  # squash to a square
+    "letterbox",  # pad to a square, then resize
+    "resize-crop",  # resize the shorter side, then cut the middle square
+)
+
 
 @dataclass
 class ImageProcessor:
-    """What preprocessor_config.json says. `means` and `stds`: three numbers per tower, for pixels in [0, 1]."""
+    """
+    The content of a preprocessor_config.json: how an image becomes pixels.
 
-    size: int = 224
-    strategy: str = "resize-naive"  # or "letterbox" (pad to a square), "resize-crop" (cut to a square)
-    means: tuple = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))  # the released DINOv2 constants are
-    stds: tuple = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))  # rounded to bfloat16
-    fill: tuple = (127, 127, 127)
-    trained_on: tuple = ()  # what the training data went through before: "lanczos3", "center_crop"; our own key
+    means, stds: three numbers for each vision encoder, for pixels in [0, 1]. The defaults are those of openvla-7b,
+    whose DINOv2 constants were rounded to bfloat16 when it was released.
+    """
+
+    size: int = 224  # pixels
+    strategy: str = "resize-naive"  # one of STRATEGIES
+    means: tuple = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
+    stds: tuple = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+    fill: tuple = (127, 127, 127)  # colour of letterbox padding
+    trained_on: tuple = ()  # WHOLE, CROPPED, or () if nobody has recorded it; a key of our own
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageProcessor":
@@ -90,96 +145,134 @@ class ImageProcessor:
             raise FileNotFoundError(f"{path}: missing; copy it from the model this one was trained from")
         try:
             hf = json.loads(path.read_text(encoding="utf-8"))
-            norms, strategy = hf["tvf_normalize_params"], hf["image_resize_strategy"]
-            means, stds = (tuple(tuple(tower[k]) for tower in norms) for k in ("mean", "std"))
-            fill = tuple(hf.get("tvf_letterbox_fill") or cls.fill)
-            out = cls(hf["input_sizes"][0][1], strategy, means, stds, fill, tuple(hf.get("trained_on", ())))
+            encoders = hf["tvf_normalize_params"]
+            processor = cls(
+                size=hf["input_sizes"][0][1],
+                strategy=hf["image_resize_strategy"],
+                means=tuple(tuple(encoder["mean"]) for encoder in encoders),
+                stds=tuple(tuple(encoder["std"]) for encoder in encoders),
+                fill=tuple(hf.get("tvf_letterbox_fill") or cls.fill),
+                trained_on=tuple(hf.get("trained_on", ())),
+            )
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a preprocessor_config.json of OpenVLA ({error!r})") from None
-        if strategy not in (known := ("resize-naive", "letterbox", "resize-crop")):
-            raise ValueError(f"{path}: image_resize_strategy is {strategy!r}, known are {known}")
-        return out
+        if processor.strategy not in STRATEGIES:
+            raise ValueError(f"{path}: image_resize_strategy is {processor.strategy!r}, known are {STRATEGIES}")
+        return processor
 
     def to_dict(self) -> dict:
-        """The content of a preprocessor_config.json that this code and the official processor read."""
-        towers, square = range(len(self.means)), [self.size, self.size]
-        resize = dict(antialias=True, interpolation=3, max_size=None)
-        resize["size"] = square if self.strategy == "resize-naive" else self.size
-        norms = [dict(inplace=False, mean=list(m), std=list(s)) for m, s in zip(self.means, self.stds, strict=True)]
-        return dict(
-            image_processor_type="PrismaticImageProcessor",
-            processor_class="PrismaticProcessor",
-            image_resize_strategy=self.strategy,
-            input_sizes=[[3, *square] for _ in towers],
-            interpolations=["bicubic" for _ in towers],
-            means=[list(m) for m in self.means],
-            stds=[list(s) for s in self.stds],
-            tvf_crop_params=[dict(output_size=square) for _ in towers],
-            tvf_do_letterbox=self.strategy == "letterbox",
-            tvf_letterbox_fill=list(self.fill) if self.strategy == "letterbox" else None,
-            tvf_normalize_params=norms,
-            tvf_resize_params=[resize for _ in towers],
-            use_fused_vision_backbone=len(self.means) == 2,
-            trained_on=list(self.trained_on),
-        )
+        """Return the content of a preprocessor_config.json that this code and the official processor read."""
+        num_encoders = len(self.means)
+        square = [self.size, self.size]
+        is_letterbox = self.strategy == "letterbox"
+        resize = {
+            "antialias": True,
+            "interpolation": 3,  # bicubic
+            "max_size": None,
+            "size": square if self.strategy == "resize-naive" else self.size,
+        }
+        normalize = [
+            {"inplace": False, "mean": list(mean), "std": list(std)}
+            for mean, std in zip(self.means, self.stds, strict=True)
+        ]
+        return {
+            "image_processor_type": "PrismaticImageProcessor",
+            "processor_class": "PrismaticProcessor",
+            "image_resize_strategy": self.strategy,
+            "input_sizes": [[3, self.size, self.size]] * num_encoders,
+            "interpolations": ["bicubic"] * num_encoders,
+            "means": [list(mean) for mean in self.means],
+            "stds": [list(std) for std in self.stds],
+            "tvf_crop_params": [{"output_size": square}] * num_encoders,
+            "tvf_do_letterbox": is_letterbox,
+            "tvf_letterbox_fill": list(self.fill) if is_letterbox else None,
+            "tvf_normalize_params": normalize,
+            "tvf_resize_params": [resize] * num_encoders,
+            "use_fused_vision_backbone": num_encoders == 2,
+            "trained_on": list(self.trained_on),
+        }
 
-    def __call__(self, image) -> torch.Tensor:
-        """Anything `to_rgb` takes -> (3 or 6, size, size) float32."""
-        return self.normalize(torch.from_numpy(self.resize(to_rgb(image)))[None])[0]
+    def __call__(self, image: str | Path | Image.Image | np.ndarray) -> torch.Tensor:
+        """Return whatever `to_rgb` takes as pixels: (3 per vision encoder, size, size) float32."""
+        resized = self.resize(to_rgb(image))
+        batch = torch.from_numpy(resized)[None]  # (1, size, size, 3)
+        return self.normalize(batch)[0]
 
     def resize(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 -> (size, size, 3) uint8, with PIL's bicubic filter. The input is not changed."""
-        h, w = image.shape[:2]
-        pil, n = Image.fromarray(image), self.size
+        pil = Image.fromarray(image)
         if self.strategy == "resize-naive":
-            return np.array(pil.resize((n, n), Image.Resampling.BICUBIC))
+            return np.array(pil.resize((self.size, self.size), Image.Resampling.BICUBIC))
         if self.strategy == "letterbox":
-            left, top = (max(h, w) - w) // 2, (max(h, w) - h) // 2
-            pil = ImageOps.expand(pil, (left, top, left, top), tuple(self.fill))  # may end one pixel off a square
-            w, h = pil.size
-        short = min(h, w)
-        w, h = (int(n * w / short) if w > short else n), (int(n * h / short) if h > short else n)
-        top, left = round((h - n) / 2), round((w - n) / 2)
-        return np.array(pil.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + n, top + n)))
+            pil = pad_to_square(pil, self.fill)
+        return np.array(resize_and_crop(pil, self.size))
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, 3) uint8, on any device -> (B, 3 per tower, H, W) float32: the same picture for each tower."""
+        """(B, H, W, 3) uint8, on any device -> (B, 3 per vision encoder, H, W) float32: the image once for each."""
         x = images.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
-        towers = []
+        pixels = []
         for mean, std in zip(self.means, self.stds, strict=True):
-            mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (mean, std))
-            towers.append((x - mean) / std)
-        return torch.cat(towers, dim=1).contiguous()
+            mean = torch.tensor(mean, device=x.device).view(3, 1, 1)
+            std = torch.tensor(std, device=x.device).view(3, 1, 1)
+            pixels.append((x - mean) / std)
+        return torch.cat(pixels, dim=1).contiguous()
+
+
+def pad_to_square(image: Image.Image, fill: tuple) -> Image.Image:
+    """Add bars of equal size on two sides, as in the official code: the result may be one pixel off a square."""
+    width, height = image.size
+    side = max(width, height)
+    left = (side - width) // 2
+    top = (side - height) // 2
+    return ImageOps.expand(image, (left, top, left, top), tuple(fill))
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter side has `size` pixels, and cut out the middle square."""
+    shorter = min(image.size)
+    width = int(size * image.width / shorter)
+    height = int(size * image.height / shorter)
+    left = round((width - size) / 2)
+    top = round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
 
 
 # -----------------------------------------------------------------------------
-# What the training data and the evaluation do to a picture before (TensorFlow's arithmetic, in numpy)
+# What training data and the evaluation do to an image before that: TensorFlow's arithmetic, in numpy
 
 
 def resize_lanczos3(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3) uint8, as tf.image.resize(method="lanczos3", antialias=True) squashes."""
-    h, w = image.shape[:2]
-    return to_uint8(np.rint(resample(planar(image), lanczos3_bands(h, size), lanczos3_bands(w, size))))
+    height, width = image.shape[:2]
+    x = resample(planar(image), lanczos3_bands(height, size), lanczos3_bands(width, size))
+    return to_uint8(np.rint(x))
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:
-    """The middle 90 % of the area, blown up to the old size: what a model trained on random crops must be shown."""
-    offset = (1 - CROP_SIDE) / 2
-    return from_unit(crop(planar(image) / np.float32(255), offset, offset))
+    """Return the middle 90 % of the area at the old size: what a model trained on random crops must be shown."""
+    margin = (1 - CROP_SIDE) / 2
+    x = planar(image) / np.float32(255)
+    return from_unit(crop(x, margin, margin))
 
 
 def crop(x: np.ndarray, top: float, left: float) -> np.ndarray:
-    """(3, H, W) -> the same size: box of side CROP_SIDE at (top, left), as fractions; tf.image.crop_and_resize."""
-    _, h, w = x.shape
-    return resample(x, bilinear_bands(h, top), bilinear_bands(w, left))
+    """
+    Cut a box of side CROP_SIDE out of (3, H, W) and resize it to (3, H, W), as tf.image.crop_and_resize does.
+    top, left: corner of the box, as fractions of height and width.
+    """
+    _, height, width = x.shape
+    return resample(x, bilinear_bands(height, top), bilinear_bands(width, left))
 
 
 def planar(image: np.ndarray) -> np.ndarray:
-    return image.transpose(2, 0, 1).astype(np.float32)  # (H, W, 3) -> (3, H, W)
+    """(H, W, 3) uint8 -> (3, H, W) float32, in [0, 255]."""
+    return image.transpose(2, 0, 1).astype(np.float32)
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))  # (3, H, W) -> (H, W, 3)
+    """(3, H, W) float32 in [0, 255] -> (H, W, 3) uint8, clipped and rounded down."""
+    return np.ascontiguousarray(x.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def from_unit(x: np.ndarray) -> np.ndarray:
@@ -187,105 +280,189 @@ def from_unit(x: np.ndarray) -> np.ndarray:
     return to_uint8(x * np.float32(255.5))
 
 
-def resample(x: np.ndarray, rows: list, columns: list) -> np.ndarray:
+# -----------------------------------------------------------------------------
+# Resampling: each output pixel of an axis is a weighted sum of a few input pixels next to each other
+
+OUTPUTS_PER_BAND = 32
+
+
+class Band(NamedTuple):
     """
-    (3, H, W) float32 -> (3, h, w): a matrix product along each axis. Only about a dozen inputs touch an output, so
-    the matrices come as bands [(first output, first input, weights (outputs, inputs))]: a tenth of the full product.
+    A block of a matrix of weights (outputs, inputs). An output takes about a dozen inputs, so nearly all weights are 0.
+    The blocks hold those that are not, which makes a product ten times cheaper.
     """
+
+    first_output: int
+    first_input: int
+    weights: np.ndarray  # (outputs of this block, inputs of this block) float32
+
+
+def resample(x: np.ndarray, rows: list[Band], columns: list[Band]) -> np.ndarray:
+    """(C, H, W) float32 -> (C, h, w): a product with a matrix of weights along each of the two axes."""
     C, H, W = x.shape
-    h, w = (bands[-1][0] + len(bands[-1][2]) for bands in (rows, columns))
-    tall = np.empty((C, h, W), np.float32)
-    for out, start, weights in rows:
-        np.matmul(weights, x[:, start : start + weights.shape[1]], out=tall[:, out : out + len(weights)])
-    flat, done = tall.reshape(C * h, W), np.empty((C * h, w), np.float32)
-    for out, start, weights in columns:
-        done[:, out : out + len(weights)] = flat[:, start : start + weights.shape[1]] @ weights.T
-    return done.reshape(C, h, w)
+    h = count_outputs(rows)
+    w = count_outputs(columns)
+
+    resized_rows = np.empty((C, h, W), np.float32)
+    for first_output, first_input, weights in rows:
+        num_outputs, num_inputs = weights.shape
+        inputs = x[:, first_input : first_input + num_inputs]  # (C, num_inputs, W)
+        np.matmul(weights, inputs, out=resized_rows[:, first_output : first_output + num_outputs])
+
+    lines = resized_rows.reshape(C * h, W)
+    resized = np.empty((C * h, w), np.float32)
+    for first_output, first_input, weights in columns:
+        num_outputs, num_inputs = weights.shape
+        inputs = lines[:, first_input : first_input + num_inputs]  # (C * h, num_inputs)
+        resized[:, first_output : first_output + num_outputs] = inputs @ weights.T
+    return resized.reshape(C, h, w)
 
 
-def to_bands(weights: np.ndarray, step: int = 32) -> list:
-    """(outputs, inputs) with few inputs per output -> blocks of `step` outputs, for `resample`."""
-    bands = []
-    for out in range(0, len(weights), step):
-        used = np.flatnonzero(weights[out : out + step].any(axis=0))
-        block = weights[out : out + step, used[0] : used[-1] + 1]
-        bands.append((out, int(used[0]), np.ascontiguousarray(block)))
-    return bands
+def count_outputs(bands: list[Band]) -> int:
+    """Return how many outputs the bands of an axis have together."""
+    return bands[-1].first_output + len(bands[-1].weights)
 
 
 @lru_cache(maxsize=64)
-def lanczos3_bands(n_in: int, n_out: int) -> list:
-    """One axis of TensorFlow's scale_and_translate with the Lanczos3 kernel, in float32 as there."""
+def lanczos3_bands(n_in: int, n_out: int) -> list[Band]:
+    """Return the weights of one axis of TensorFlow's scale_and_translate with the Lanczos3 kernel, in float32."""
     f32 = np.float32
-    inv_scale = f32(1) / (f32(n_out) / f32(n_in))
-    width = max(inv_scale, f32(1))  # antialias: the kernel widens when the picture shrinks
-    centre = (np.arange(n_out, dtype=f32) + f32(0.5)) * inv_scale
-    t = np.abs(np.arange(n_in, dtype=f32)[None] + f32(0.5) - centre[:, None]) / width  # (n_out, n_in)
-    safe = np.maximum(t, f32(1e-3))
-    kernel = f32(3) * np.sin(f32(np.pi) * safe) * np.sin(f32(np.pi) * safe / f32(3)) / (f32(np.pi) * safe) ** 2
-    weights = np.where(t <= 1e-3, f32(1), np.where(t <= 3, kernel, f32(0))).astype(f32)
-    return to_bands(weights / weights.sum(axis=1, keepdims=True))
+    scale = f32(n_out) / f32(n_in)
+    inv_scale = f32(1) / scale
+    width = max(inv_scale, f32(1))  # antialias: the kernel widens when the image shrinks
+
+    # How far each input pixel is from each output pixel, in widths of the kernel.
+    centers = (np.arange(n_out, dtype=f32) + f32(0.5)) * inv_scale  # (n_out,), on the input's axis
+    positions = np.arange(n_in, dtype=f32) + f32(0.5)  # (n_in,)
+    distance = np.abs(positions[None, :] - centers[:, None]) / width  # (n_out, n_in)
+
+    # sinc(t) * sinc(t / 3) for |t| <= 3, else 0.
+    angle = f32(np.pi) * np.maximum(distance, f32(1e-3))  # not 0: it is divided by
+    kernel = f32(3) * np.sin(angle) * np.sin(angle / f32(3)) / angle**2
+    kernel = np.where(distance <= 3, kernel, f32(0))
+    kernel = np.where(distance <= 1e-3, f32(1), kernel)
+    return to_bands(kernel / kernel.sum(axis=1, keepdims=True))
 
 
-def bilinear_bands(n: int, offset: float, step: int = 32) -> list:
-    """One axis of a crop: output r samples input offset (n - 1) + CROP_SIDE r, between its two neighbours."""
-    where = (offset * (n - 1) + CROP_SIDE * np.arange(n)).clip(0, n - 1)
-    low, out = np.minimum(where.astype(int), n - 2), np.arange(n)
+def to_bands(weights: np.ndarray) -> list[Band]:
+    """Split a matrix of weights (outputs, inputs) into bands, each with the inputs that its outputs take."""
+    bands = []
+    for first_output in range(0, len(weights), OUTPUTS_PER_BAND):
+        block = weights[first_output : first_output + OUTPUTS_PER_BAND]
+        used = np.flatnonzero(block.any(axis=0))  # inputs with a weight other than 0
+        first_input = int(used[0])
+        last_input = int(used[-1])
+        block = np.ascontiguousarray(block[:, first_input : last_input + 1])
+        bands.append(Band(first_output, first_input, block))
+    return bands
+
+
+def bilinear_bands(n: int, offset: float) -> list[Band]:
+    """
+    Return the weights of one axis of a crop. Output i lies at offset * (n - 1) + CROP_SIDE * i on the input's axis, and
+    is interpolated between the two inputs beside it.
+    """
+    outputs = np.arange(n)
+    position = (offset * (n - 1) + CROP_SIDE * outputs).clip(0, n - 1)
+    lower = np.minimum(position.astype(int), n - 2)  # the input before it
+    fraction = position - lower
+
     weights = np.zeros((n, n), np.float32)
-    weights[out, low], weights[out, low + 1] = 1 - (where - low), where - low
-    return [(i, low[i], weights[i : i + step, low[i] : low[min(i + step, n) - 1] + 2]) for i in range(0, n, step)]
+    weights[outputs, lower] = 1 - fraction
+    weights[outputs, lower + 1] = fraction
+
+    bands = []
+    for start in range(0, n, OUTPUTS_PER_BAND):
+        end = min(start + OUTPUTS_PER_BAND, n)
+        first_input = lower[start]
+        last_input = lower[end - 1] + 1
+        bands.append(Band(start, first_input, weights[start:end, first_input : last_input + 1]))
+    return bands
 
 
 # -----------------------------------------------------------------------------
-# Reading and augmenting training pictures
+# Training images: reading, writing, augmenting
 
 
 def decode(data: bytes) -> np.ndarray:
     """
-    Encoded picture -> (H, W, 3) uint8, with the pixels of tf.io.decode_image: JPEG by libjpeg-turbo's fast integer
-    DCT (PIL's slower one differs in half of the values). Raises ValueError if the bytes are no whole picture.
+    Return an encoded image as (H, W, 3) uint8, with the pixels of tf.io.decode_image. JPEGs go through libjpeg-turbo's
+    fast integer DCT; PIL's slower one differs in half of the values. Raises ValueError if the bytes are no whole image.
     """
-    if data[:2] == b"\xff\xd8":
-        import simplejpeg
-
-        try:
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
-        except ValueError as error:
-            raise ValueError(f"a JPEG of {len(data)} bytes that will not decode ({error})") from None
+    if data.startswith(b"\xff\xd8"):
+        return decode_jpeg(data)
     try:
         return to_rgb(Image.open(io.BytesIO(data)))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{len(data)} bytes that are no picture ({error})") from None
+        raise ValueError(f"{len(data)} bytes that are no image ({error})") from None
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """Return a JPEG as (H, W, 3) uint8. Raises ValueError if it is broken."""
+    import simplejpeg  # imported late: only training data and the evaluation need it
+
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+    except ValueError as error:
+        raise ValueError(f"a JPEG of {len(data)} bytes that will not decode ({error})") from None
+
+
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Return (H, W, 3) uint8 as a JPEG of quality 95: the default of tf.io.encode_jpeg, by which RLDS stores images."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
-    What OpenVLA is trained on: a random crop of 90 % of the area, then brightness, contrast, saturation and hue. The
-    official crop draws row and column from one seed, so it only slides along the diagonal; here they are independent.
+    Change (H, W, 3) uint8 as in OpenVLA's training: a random crop of 90 % of the area, then brightness, contrast,
+    saturation and hue. The official crop draws row and column from one seed, so it only slides along the diagonal;
+    here they are independent.
     """
-    top, left = rng.uniform(0, 1 - CROP_SIDE, 2)
-    x = crop(planar(image) / np.float32(255), top, left).clip(0, 1)
-    brightness, hue = rng.uniform(-0.2, 0.2), rng.uniform(-0.05, 0.05)
-    contrast, saturation = rng.uniform(0.8, 1.2, 2)
-    return from_unit(jitter(x, brightness, contrast, saturation, hue))
+    top, left = rng.uniform(0, 1 - CROP_SIDE, size=2)
+    brightness = rng.uniform(-0.2, 0.2)
+    hue = rng.uniform(-0.05, 0.05)
+    contrast, saturation = rng.uniform(0.8, 1.2, size=2)
+
+    x = planar(image) / np.float32(255)
+    x = crop(x, top, left).clip(0, 1)
+    x = jitter(x, brightness, contrast, saturation, hue)
+    return from_unit(x)
 
 
 def jitter(x: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float) -> np.ndarray:
-    """(3, H, W) in [0, 1] -> the same, clipped after each step. Shift, factor about the mean, factor, turn of hue."""
+    """
+    Change the colours of (3, H, W) float32 in [0, 1], in the order of the arguments, clipped after each step.
+
+    brightness: is added. contrast: factor on the distance from each channel's mean. saturation: factor.
+    hue: is added, in turns of the colour circle.
+    """
     f32 = np.float32
     x = (x + f32(brightness)).clip(0, 1)
     mean = x.mean(axis=(1, 2), keepdims=True)
     x = ((x - mean) * f32(contrast) + mean).clip(0, 1)
+
+    # To hue, chroma and value (chroma = saturation * value), each (H, W).
     r, g, b = x
-    value = np.maximum(np.maximum(r, g), b)  # (H, W); HSV keeps it in both steps that follow
+    value = np.maximum(np.maximum(r, g), b)
     chroma = value - np.minimum(np.minimum(r, g), b)
-    safe = np.maximum(chroma, f32(1e-8))
-    turn = np.where(value == r, (g - b) / safe, np.where(value == g, (b - r) / safe + f32(2), (r - g) / safe + f32(4)))
-    turn += f32(6 * hue)  # sixths of the colour circle, from red over yellow
-    chroma *= np.minimum(f32(saturation), value / safe)  # saturation chroma / value grows to 1 at most
-    out = np.empty_like(x)
-    for channel, start in enumerate((5, 3, 1)):
-        k = turn + f32(start)
-        k -= f32(6) * (k >= 6)  # faster than a modulo
-        out[channel] = value - chroma * np.minimum(k, f32(4) - k).clip(0, 1)
-    return out.clip(0, 1)
+    divisor = np.maximum(chroma, f32(1e-8))
+    near_red = (g - b) / divisor
+    near_green = (b - r) / divisor + f32(2)
+    near_blue = (r - g) / divisor + f32(4)
+    angle = np.where(value == g, near_green, near_blue)
+    angle = np.where(value == r, near_red, angle)  # in sixths of the colour circle: red 0, yellow 1, green 2, ...
+
+    # Saturation grows to 1 at most, where chroma is as large as value. The value stays.
+    chroma *= np.minimum(f32(saturation), value / divisor)
+    angle += f32(6 * hue)
+
+    # Back to RGB, https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+    rgb = np.empty_like(x)
+    for channel, shift in enumerate((5, 3, 1)):
+        k = angle + f32(shift)  # may stay below 0: the clip gives the right result there, too
+        is_next_turn = k >= 6
+        k -= f32(6) * is_next_turn  # 6 or 0: ten times faster than np.where or a modulo
+        rgb[channel] = value - chroma * np.minimum(k, f32(4) - k).clip(0, 1)
+    return rgb.clip(0, 1)

@@ -1,21 +1,43 @@
 """
-LoRA: W x becomes W x + B A x * alpha / rank, and only the small A and B train.
+LoRA: the weights stay frozen, and each layer gets a small bypass that trains in their place.
 
-    add_lora(model, rank=32)             wrap, base weights frozen        merge_lora(model)     fold B A into W
-    save_adapter(model, folder)          PEFT's adapter_*.json/.safetensors      unmerge_lora(model)   exactly as before
-    load_adapter(model, folder)          a PEFT adapter onto the base model      merge(run, out)       folder to folder
+             x (in)
+               |
+               +-------------------.
+               |                   |
+               |               A (r, in)      trains; starts random
+         W (out, in)               |
+            frozen             B (out, r)     trains; starts at zero, so that at first nothing changes
+               |                   |
+               |              * alpha / r
+               |                   |
+               +<------------------'
+               |
+             y (out) = W x + B A x * alpha / r
 
-LoRA https://arxiv.org/abs/2106.09685; the modules are those that PEFT 0.11 finds for target_modules="all-linear" in the
-official code (vla-scripts/finetune.py). It also adapts what never runs (last ViT block, attention pool): those A and B
-live in `model.unused`, so that files and counts agree. File format: github.com/huggingface/peft, 0.11.1.
-Axes: r rank.
+Merged, W + B A * alpha / r is one weight of the old size, and the bypass costs nothing more.
+
+    add_lora(model, rank=32)            freeze the model, wrap its layers
+    merge_lora(model)                   add the bypasses to the weights; unmerge_lora(model) takes them out again
+    save_adapter(model, folder, base)   write adapter_config.json and adapter_model.safetensors, as PEFT does
+    load_adapter(model, folder)         put such an adapter onto its base model
+    merge(run, out)                     a run folder and its base checkpoint -> a checkpoint folder as any other
+
+The layers are those that PEFT 0.11 finds for target_modules="all-linear" in the official code. It also adapts modules
+that never run (the last ViT block, the attention pool). Their A and B live in `model.unused`, so that files and
+parameter counts agree with the official ones.
+
+LoRA https://arxiv.org/abs/2106.09685; vla-scripts/finetune.py of github.com/openvla/openvla; the files are those of
+github.com/huggingface/peft, 0.11.1.
+
+Axes: r rank, in and out channels of a layer, k width of a convolution's kernel.
 """
 
-import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -24,27 +46,44 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from checkpoint import ADAPTER_CONFIG as CONFIG
-from checkpoint import ADAPTER_WEIGHTS as WEIGHTS
-from checkpoint import base_of, check_folder, fingerprint, read_layout, weight_files
-from model import OpenVLA, write_atomically, write_json
+from checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, fingerprint, open_checkpoint, read_layout
+from files import atomic_write, read_json, write_json
+from model import OpenVLA
+from progress import no_progress
 
-PARTS = dict(vision="vision_backbone", projector="projector", language="language_model")
-PREFIX = "base_model.model."
+# What can be adapted -> the name of that module in an OpenVLA
+PARTS = {"vision": "vision_backbone", "projector": "projector", "language": "language_model"}
+
+
+@dataclass
+class LoRAConfig:
+    """How a model is adapted; add_lora and load_adapter keep it as `model.lora`."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]  # keys of PARTS
+
+
+# -----------------------------------------------------------------------------
+# One layer
 
 
 class LoRALinear(nn.Module):
-    """A linear layer, or the patch convolution, with its low-rank bypass. B starts at zero: nothing changes yet."""
+    """A linear layer, or the patch convolution, with its low-rank bypass."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base_layer, self.scaling, self.dropout = base, alpha / rank, nn.Dropout(dropout)
-        self.unmerged: Tensor | None = None  # the base weight, while another with B A in it stands in its place
+        self.base_layer = base
+        self.scaling = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        # The base layer's own weight, as long as the merged one stands in its place.
+        self.weight_before_merge: Tensor | None = None
+
         if isinstance(base, nn.Conv2d):
             self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, bias=False)
-            self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+            self.lora_B = nn.Conv2d(rank, base.out_channels, kernel_size=1, bias=False)
         else:
             self.lora_A = nn.Linear(base.in_features, rank, bias=False)
             self.lora_B = nn.Linear(rank, base.out_features, bias=False)
@@ -53,225 +92,375 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        if self.unmerged is not None:
-            return y
-        bypass = self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
+        if self.weight_before_merge is not None:
+            return y  # merged: the base layer has B A in its weight
+
+        x = x.to(self.lora_A.weight.dtype)  # adapters train in float32 beside a model in bfloat16
+        bypass = self.lora_B(self.lora_A(self.dropout(x)))
         return (y + bypass * self.scaling).to(y.dtype)
 
 
-def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """What is added to the weight, in float32: A (r, in) and B (out, r), or A (r, in, k, k) and B (out, r, 1, 1)."""
-    return (B.float().flatten(1) @ A.float().flatten(1)).view(len(B), *A.shape[1:]) * scaling
+def lora_update(A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """
+    Return what an adapter adds to the weight, B A * scaling, in float32: (out, in), or (out, in, k, k).
+    A (r, in) and B (out, r); of a convolution A (r, in, k, k) and B (out, r, 1, 1).
+    """
+    product = B.float().flatten(1) @ A.float().flatten(1)  # (out, in * k * k)
+    return product.view(len(B), *A.shape[1:]) * scaling
 
 
-def adapted_modules(model: OpenVLA, targets: Iterable[str] = PARTS) -> list[str]:
-    """
-    Names of the modules that get an adapter: all with a matrix or a kernel as weight, embeddings excepted. Raises
-    ValueError for a target that is none of vision, projector, language.
-    """
-    targets = list(targets)
-    if unknown := set(targets) - set(PARTS):
-        raise ValueError(f"lora_targets {sorted(unknown)}: must be some of {', '.join(PARTS)}")
-    parts = tuple(PARTS[t] + "." for t in targets)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers()) | model.unused
-    weights = {name.removesuffix("_nf4"): w for name, w in tensors.items() if w.dim() in (2, 4)}
-    return [name.removesuffix(".weight") for name in weights
-            if name.endswith(".weight") and name.startswith(parts) and "embed_tokens" not in name]  # fmt: skip
+def default_alpha(rank: int) -> int:
+    """Return the alpha of the official recipe."""
+    return min(rank, 16)
 
 
-def add_lora(model: OpenVLA, rank: int = 32, alpha: float = 0.0, dropout: float = 0.0, targets=tuple(PARTS)) -> OpenVLA:
+# -----------------------------------------------------------------------------
+# The whole model
+
+
+def add_lora(
+    model: OpenVLA,
+    rank: int = 32,
+    alpha: float = 0.0,
+    dropout: float = 0.0,
+    targets: Iterable[str] = tuple(PARTS),
+) -> OpenVLA:
     """
-    Freeze the model and put an adapter (float32) around every module of `targets`: vision, projector, language.
-    alpha 0: min(rank, 16), as the official recipe. In place; returns the model.
+    Freeze the model and put a float32 adapter around every layer of the targets, in place. Returns the model.
+
+    alpha: 0 means min(rank, 16), as in the official recipe. targets: some of vision, projector, language.
+    Raises ValueError for another target.
     """
-    alpha = alpha or min(rank, 16)
-    wrap(model, adapted_modules(model, targets), rank, alpha, dropout)
-    model.lora = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout, targets=tuple(targets))
+    if not alpha:
+        alpha = default_alpha(rank)
+    targets = tuple(targets)
+    names = adapted_modules(model, targets)
+
+    model.lora = LoRAConfig(rank, alpha, dropout, targets)
+    wrap_modules(model, names)
     return model
 
 
-def wrap(model: OpenVLA, names: list[str], rank: int, alpha: float, dropout: float):
+def adapted_modules(model: OpenVLA, targets: Iterable[str] = tuple(PARTS)) -> list[str]:
+    """
+    Return the names of the modules that get an adapter: all whose weight is a matrix or a kernel, except embeddings.
+    Raises ValueError for a target that is none of vision, projector, language.
+    """
+    targets = list(targets)
+    unknown = set(targets) - PARTS.keys()
+    if unknown:
+        raise ValueError(f"lora_targets {sorted(unknown)}: must be some of {', '.join(PARTS)}")
+    prefixes = tuple(f"{PARTS[target]}." for target in targets)
+
+    names = []
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **model.unused}
+    for name, tensor in tensors.items():
+        name = name.removesuffix("_nf4")  # a weight that speed/nf4.py keeps in 4 bits
+        is_matrix_or_kernel = name.endswith(".weight") and tensor.dim() in (2, 4)
+        if is_matrix_or_kernel and name.startswith(prefixes) and "embed_tokens" not in name:
+            names.append(name.removesuffix(".weight"))
+    return names
+
+
+def wrap_modules(model: OpenVLA, names: list[str]):
+    """Freeze the model and put adapters, as `model.lora` describes them, around the named modules."""
     model.requires_grad_(False)
     for name in names:
-        weight = model.unused.get(f"{name}.weight")
-        if weight is not None:  # never runs: no module to wrap
-            model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *weight.shape[1:]) / rank
-            model.unused[f"{name}.lora_B.weight"] = torch.zeros(len(weight), rank, *[1] * (weight.dim() - 2))
-            continue
-        *path, last = name.split(".")
-        parent, base = model.get_submodule(".".join(path)), model.get_submodule(name)
-        device = next(chain(base.parameters(), base.buffers())).device
-        wrapped = LoRALinear(base, rank, alpha, dropout).to(device=device).train(model.training)
-        if isinstance(parent, nn.ModuleDict):
-            parent[last] = wrapped
+        if f"{name}.weight" in model.unused:
+            add_unused_adapter(model, name)
         else:
-            setattr(parent, last, wrapped)
+            wrap_module(model, name)
+
+
+def wrap_module(model: OpenVLA, name: str):
+    """Put a LoRALinear in the place of a module, around it."""
+    parent, _, child = name.rpartition(".")
+    base = model.get_submodule(name)
+    tensor = next(chain(base.parameters(), base.buffers()))  # a layer in 4 bits has buffers only
+
+    wrapped = LoRALinear(base, model.lora.rank, model.lora.alpha, model.lora.dropout)
+    wrapped = wrapped.to(device=tensor.device).train(model.training)
+    setattr(model.get_submodule(parent), child, wrapped)
+
+
+def add_unused_adapter(model: OpenVLA, name: str):
+    """Make the A and B of a module that never runs, and so is only a tensor."""
+    rank = model.lora.rank
+    out_channels, *in_shape = model.unused[f"{name}.weight"].shape
+    kernel_of_B = [1] * (len(in_shape) - 1)  # (out, r) of a matrix, (out, r, 1, 1) of a convolution
+    model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *in_shape) / rank
+    model.unused[f"{name}.lora_B.weight"] = torch.zeros(out_channels, rank, *kernel_of_B)
 
 
 def lora_layers(model: OpenVLA) -> dict[str, LoRALinear]:
+    """Return the layers with an adapter, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def lora_state(model: OpenVLA) -> dict[str, Tensor]:
-    """Every A and B by name, also those of modules that never run."""
-    return {name: w for name, w in (model.state_dict() | model.unused).items() if ".lora_" in name}
+    """Return every A and B by name, also those of modules that never run."""
+    tensors = {**model.state_dict(), **model.unused}
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
 
 
 @torch.no_grad()
 def merge_lora(model: OpenVLA):
-    """Fold the adapters into the weights: float32, rounded once. Keeps the base weights, for `unmerge_lora`."""
+    """
+    Add the adapters to the weights, in float32, rounded once. The base weights are kept, for `unmerge_lora`.
+    Raises ValueError if a layer is merged already, or is quantized.
+    """
     for name, layer in lora_layers(model).items():
-        if layer.unmerged is not None:
+        if layer.weight_before_merge is not None:
             raise ValueError(f"{name} is merged already")
         if not hasattr(layer.base_layer, "weight"):
-            raise ValueError(f"{name} is quantised; merge onto the base checkpoint (finetune_lora.py --merge)")
-        base = layer.base_layer.weight
-        layer.unmerged = base.data
-        base.data = (base.float() + delta(layer.lora_A.weight, layer.lora_B.weight, layer.scaling)).to(base.dtype)
+            raise ValueError(f"{name} is quantized; merge onto the base checkpoint (convert_weights.py merge-lora)")
+
+        weight = layer.base_layer.weight
+        layer.weight_before_merge = weight.data
+        update = lora_update(layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
+        weight.data = (weight.float() + update).to(weight.dtype)
 
 
 def unmerge_lora(model: OpenVLA):
     """Undo `merge_lora`, bit for bit."""
     for layer in lora_layers(model).values():
-        if layer.unmerged is not None:
-            layer.base_layer.weight.data, layer.unmerged = layer.unmerged, None
+        if layer.weight_before_merge is not None:
+            layer.base_layer.weight.data = layer.weight_before_merge
+            layer.weight_before_merge = None
 
 
 # -----------------------------------------------------------------------------
-# Files, as PEFT keeps them
+# An adapter's files, as PEFT keeps them
+
+PEFT_PREFIX = "base_model.model."  # before each of our names
+
+# What adapter_config.json must say, if it says anything of it. PEFT knows more kinds of adapters.
+PLAIN_LORA = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "alpha_pattern": {},
+    "rank_pattern": {},
+}
 
 
-def save_adapter(model: OpenVLA, folder: str | Path, base: str, state: dict[str, Tensor] | None = None):
+def save_adapter(model: OpenVLA, folder: str | Path, base: str | Path, state: dict[str, Tensor] | None = None):
     """
-    Write adapter_model.safetensors and adapter_config.json, which PEFT loads. base: the folder or name of the base
-    model. state: the adapters' weights, if the model does not hold them whole (sharded training).
+    Write adapter_model.safetensors and adapter_config.json, which PEFT loads.
+
+    base: the folder or the name of the base model. state: the adapters' weights by name, where the model does not hold
+    them whole (sharded training); None: those of the model.
     """
-    state, lora = state or lora_state(model), model.lora
-    names = sorted({name.rsplit(".", 3)[-3] for name in state})
-    if set(lora["targets"]) != set(PARTS):  # PEFT takes a pattern too; a list would match in every part
-        parts = "|".join(PARTS[t] for t in lora["targets"])
-        names = rf"({parts})\.(.*\.)?({'|'.join(names)})"
-    config = dict(peft_type="LORA", base_model_name_or_path=str(base), r=lora["r"], lora_alpha=lora["lora_alpha"])
-    config |= dict(lora_dropout=lora["lora_dropout"], target_modules=names, bias="none", init_lora_weights="gaussian")
-    config |= dict(fan_in_fan_out=False, inference_mode=True, task_type=None, use_dora=False, use_rslora=False)
-    tensors = {PREFIX + name: w.detach().cpu().contiguous() for name, w in state.items()}
-    about = {"format": "pt"} | ({"base": fingerprint(base)} if Path(base).is_dir() else {})  # PEFT reads on over it
-    write_atomically(Path(folder) / WEIGHTS, lambda tmp: save_file(tensors, tmp, about))
-    write_json(Path(folder) / CONFIG, config | dict(modules_to_save=None, rank_pattern={}, alpha_pattern={}))
+    folder = Path(folder)
+    if state is None:
+        state = lora_state(model)
+
+    tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    metadata = {"format": "pt"}
+    if Path(base).is_dir():
+        metadata["base"] = fingerprint(base)  # our own entry, for `warn_other_base`; PEFT ignores it
+    with atomic_write(folder / ADAPTER_WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata)
+
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": model.lora.rank,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        "target_modules": target_modules(state, model.lora.targets),
+        "bias": "none",
+        "init_lora_weights": "gaussian",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    write_json(folder / ADAPTER_CONFIG, config)
+
+
+def target_modules(adapter_names: Iterable[str], targets: tuple[str, ...]) -> list[str] | str:
+    """
+    Return what adapter_config.json says of the adapted modules: a list of their last names, which PEFT looks for
+    everywhere, or a pattern for the whole name where only some parts are adapted.
+    """
+    last_names = sorted({name.split(".")[-3] for name in adapter_names})  # "... .q_proj.lora_A.weight" -> "q_proj"
+    if set(targets) == PARTS.keys():
+        return last_names
+    parts = "|".join(PARTS[target] for target in targets)
+    return rf"({parts})\.(.*\.)?({'|'.join(last_names)})"
 
 
 def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     """
-    The config, the adapters' weights by name, and base weights that PEFT stored beside them. Raises ValueError or
-    FileNotFoundError, naming the file, for what is not plain LoRA.
+    Return the config, the adapters' weights by name, and the base weights that PEFT has stored beside them.
+    Raises ValueError or FileNotFoundError, naming the file, for what is not plain LoRA.
     """
-    folder = Path(folder)
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file}: missing; an adapter is {CONFIG} and {WEIGHTS}")
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
-    plain = dict(peft_type="LORA", bias="none", use_dora=False, use_rslora=False, modules_to_save=None)
-    plain |= dict(fan_in_fan_out=False, alpha_pattern={}, rank_pattern={})
-    for key, value in plain.items():
-        if (found := config.get(key, value)) != value and (found or value):
-            raise ValueError(f"{folder / CONFIG}: {key} is {found!r}; only plain LoRA is read here, {value!r}")
-    adapters, stored = {}, {}
-    for name, w in load_file(folder / WEIGHTS).items():
-        short = name.removeprefix(PREFIX)
-        if not name.startswith(PREFIX) or not re.search(r"\.(lora_[AB]|base_layer)\.weight$", name):
-            raise ValueError(f"{folder / WEIGHTS}: {name} is no tensor of a LoRA adapter of PEFT")
-        (adapters if ".lora_" in short else stored)[short] = w
-    return config, adapters, stored
+    config_file = Path(folder) / ADAPTER_CONFIG
+    weights_file = Path(folder) / ADAPTER_WEIGHTS
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing; an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
 
+    config = read_json(config_file)
+    for key, expected in PLAIN_LORA.items():
+        value = config.get(key, expected)
+        is_off = not value and not expected  # None, False and {} all say that it is not used
+        if value != expected and not is_off:
+            raise ValueError(f"{config_file}: {key} is {value!r}; only plain LoRA is read here, {expected!r}")
 
-def warn_other_base(run: str | Path):
-    """An adapter belongs to the weights that it was trained on; others in their place change what it does."""
-    with safe_open(Path(run) / WEIGHTS, framework="pt") as file:
-        trained_on = (file.metadata() or {}).get("base")
-    if trained_on and (base := base_of(run)) and fingerprint(base) != trained_on:
-        warnings.warn(f"{run} was trained on other weights than {base} holds now", stacklevel=2)
+    adapters = {}
+    base_weights = {}
+    for peft_name, tensor in load_file(weights_file).items():
+        name = peft_name.removeprefix(PEFT_PREFIX)
+        is_known = re.search(r"\.(lora_[AB]|base_layer)\.weight$", name)
+        if not peft_name.startswith(PEFT_PREFIX) or not is_known:
+            raise ValueError(f"{weights_file}: {peft_name} is no tensor of a LoRA adapter of PEFT")
+        if ".lora_" in name:
+            adapters[name] = tensor
+        else:
+            base_weights[name] = tensor
+    return config, adapters, base_weights
 
 
 def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
     """
-    Put a PEFT adapter onto its base model, in place, in float32. Raises ValueError if a tensor does not fit, or if the
-    file holds base weights that are not this model's.
+    Put a PEFT adapter onto its base model, in place, in float32. Returns the model. Raises ValueError if a tensor does
+    not fit, or if the file holds base weights that are not this model's.
     """
-    config, adapters, stored = read_adapter(folder)
+    config, adapters, base_weights = read_adapter(folder)
     warn_other_base(folder)
-    file, rank = Path(folder) / WEIGHTS, config["r"]
-    base = model.state_dict() | model.unused
-    modules = sorted({name.rsplit(".", 2)[0] for name in adapters})
+    file = Path(folder) / ADAPTER_WEIGHTS
+    tensors = {**model.state_dict(), **model.unused}
+    modules = sorted({name.rsplit(".", 2)[0] for name in adapters})  # "... .q_proj.lora_A.weight" -> "... .q_proj"
     for name in modules:
-        if f"{name}.weight" not in base:
-            raise ValueError(f"{file}: adapter for {name}, which the base model does not have")
-        weight = base[f"{name}.weight"]
-        kernel = [1] * (weight.dim() - 2)
-        shapes = dict(lora_A=(rank, *weight.shape[1:]), lora_B=(len(weight), rank, *kernel))
-        for key, shape in shapes.items():
-            found = adapters.get(f"{name}.{key}.weight")
-            if found is None or tuple(found.shape) != shape:
-                what = "missing" if found is None else f"{tuple(found.shape)}"
-                raise ValueError(f"{file}: {name}.{key} is {what}, the base model makes it {shape}")
-    for name, w in stored.items():
-        mine = base[name.replace(".base_layer", "")]
-        if not torch.equal(mine.cpu(), w.to(mine.dtype)):
-            raise ValueError(f"{file}: {name} differs from the base model's: the adapter was trained on another one")
-    alpha, dropout = config["lora_alpha"], config.get("lora_dropout", 0.0)
-    wrap(model, modules, rank, alpha, dropout)
-    model.lora = dict(r=rank, lora_alpha=alpha, lora_dropout=dropout)
-    model.lora["targets"] = tuple(t for t, part in PARTS.items() if any(m.startswith(part + ".") for m in modules))
-    for name, w in adapters.items():
+        check_adapter_fits(file, name, adapters, tensors, config["r"])
+    check_same_base_weights(file, base_weights, tensors)
+
+    # Wrap the layers.
+    has_adapter = {target: any(name.startswith(f"{part}.") for name in modules) for target, part in PARTS.items()}
+    targets = tuple(target for target in PARTS if has_adapter[target])
+    model.lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+    wrap_modules(model, modules)
+
+    # Fill in the weights.
+    for name, tensor in adapters.items():
         if name in model.unused:
-            model.unused[name] = w.float()
+            model.unused[name] = tensor.float()
         else:
-            model.get_submodule(name.removesuffix(".weight")).weight.data.copy_(w)
+            model.get_parameter(name).data.copy_(tensor)
     return model
 
 
-def merge_file(file: Path, to: Path, adapters: dict[str, Tensor], scaling: float):
-    """Copy a weight file, then put each adapted tensor in its place: one at a time in memory."""
-    shutil.copyfile(file, to)
-    start, layout = read_layout(file)
-    with open(to, "rb+") as f:
-        for name, entry in layout.items():
-            module = name.removesuffix(".weight")
-            if (A := adapters.get(f"{module}.lora_A.weight")) is None:
-                continue
-            with safe_open(file, framework="pt") as base:
-                weight = base.get_tensor(name)
-            merged = delta(A, adapters[f"{module}.lora_B.weight"], scaling).add_(weight).to(weight.dtype)
-            f.seek(start + entry["data_offsets"][0])
-            f.write(merged.flatten().view(torch.uint8).numpy())
+def check_adapter_fits(file: Path, module: str, adapters: dict[str, Tensor], tensors: dict[str, Tensor], rank: int):
+    """Raise ValueError unless there are an A and a B of this rank for a module of the base model."""
+    if f"{module}.weight" not in tensors:
+        raise ValueError(f"{file}: adapter for {module}, which the base model does not have")
+
+    out_channels, *in_shape = tensors[f"{module}.weight"].shape
+    kernel_of_B = [1] * (len(in_shape) - 1)
+    shapes = {"lora_A": (rank, *in_shape), "lora_B": (out_channels, rank, *kernel_of_B)}
+    for key, shape in shapes.items():
+        tensor = adapters.get(f"{module}.{key}.weight")
+        if tensor is None:
+            raise ValueError(f"{file}: {module}.{key} is missing, the base model makes it {shape}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{file}: {module}.{key} is {tuple(tensor.shape)}, the base model makes it {shape}")
 
 
-def merge(run: str | Path, out: str | Path):
-    """
-    A run (adapter) and its base checkpoint -> a folder as any other, tensor by tensor: float32, rounded once to the
-    base's dtype. Raises ValueError or OSError before long work; `out` appears when it is whole.
-    """
-    run, out = Path(run), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another --out, or remove it")
-    check_folder(run)  # and the base with it
+def check_same_base_weights(file: Path, base_weights: dict[str, Tensor], tensors: dict[str, Tensor]):
+    """Raise ValueError if base weights that are stored beside an adapter are not those of the model."""
+    for name, stored in base_weights.items():
+        own = tensors[name.replace(".base_layer", "")]
+        if not torch.equal(own.cpu(), stored.to(own.dtype)):
+            raise ValueError(f"{file}: {name} differs from the base model's: the adapter was trained on another one")
+
+
+def warn_other_base(run: str | Path):
+    """Warn if the base weights are not the ones that this adapter was trained on. An adapter of PEFT does not say."""
+    with safe_open(Path(run) / ADAPTER_WEIGHTS, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "base" not in metadata:
+        return
     base = base_of(run)
+    if base and fingerprint(base) != metadata["base"]:
+        warnings.warn(f"{run} was trained on other weights than {base} holds now", stacklevel=2)
+
+
+# -----------------------------------------------------------------------------
+# Merge folders
+
+
+def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
+    """
+    Merge a run (an adapter) with its base checkpoint into a folder as any other: tensor by tensor, in float32, rounded
+    once to the base's dtype. Raises ValueError or OSError before long work. `out` appears when it is whole.
+    """
+    run = Path(run)
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder, or remove it")
+    checkpoint = open_checkpoint(run)  # checks the base, too
     config, adapters, _ = read_adapter(run)
     warn_other_base(run)
-    files = weight_files(base)
+    weight_files = sorted(set(checkpoint.weight_map.values()))
+    check_room(out, weight_files)
+
+    unfinished = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    scaling = config["lora_alpha"] / config["r"]
+    for file in progress(weight_files, "merging", "files"):
+        with atomic_write(unfinished / file.name) as temporary:
+            merge_weight_file(file, temporary, adapters, scaling)
+    copy_other_files(checkpoint.base, run, unfinished, skip={file.name for file in weight_files})
+
+    hf = read_json(checkpoint.base / "config.json")
+    write_json(unfinished / "config.json", {**hf, "norm_stats": checkpoint.norm_stats})
+    unfinished.rename(out)
+
+
+def check_room(out: Path, weight_files: list[Path]):
+    """Raise OSError if the disk of `out` has no room for a copy of the weight files."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    need, free = sum(f.stat().st_size for f in files), shutil.disk_usage(out.absolute().parent).free
-    if free < need:
-        raise OSError(f"{out}: {need / 1e9:.1f} GB needed, the disk has {free / 1e9:.1f}")
-    scaling, tmp = config["lora_alpha"] / config["r"], out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for file in tqdm(files, "merging", unit="file"):
-        write_atomically(tmp / file.name, lambda to, file=file: merge_file(file, to, adapters, scaling))
-    skip = {CONFIG, WEIGHTS, "config.json", "metrics.jsonl", *(f.name for f in files)}
-    for source in (base, run):  # tokenizer, preprocessing, statistics, index: the run's where it has its own
-        for path in source.iterdir():
-            if path.is_file() and path.name not in skip and path.suffix != ".png" and path.name[0] != ".":
-                shutil.copyfile(path, tmp / path.name)
-    hf = json.loads((base / "config.json").read_text("utf-8"))
-    write_json(tmp / "config.json", hf | {"norm_stats": check_folder(run).extra["norm_stats"]})
-    tmp.rename(out)
+    needed = sum(file.stat().st_size for file in weight_files)
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise OSError(f"{out}: {needed / 1e9:.1f} GB needed, the disk has {free / 1e9:.1f}")
+
+
+def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], scaling: float):
+    """Copy a weight file, then overwrite each adapted tensor in the copy: only one at a time is in memory."""
+    shutil.copyfile(source, target)
+    data_start, layout = read_layout(source)
+    with open(target, "rb+") as file:
+        for name, entry in layout.items():
+            module = name.removesuffix(".weight")
+            if f"{module}.lora_A.weight" not in adapters:
+                continue
+
+            A = adapters[f"{module}.lora_A.weight"]
+            B = adapters[f"{module}.lora_B.weight"]
+            with safe_open(source, framework="pt") as base:
+                weight = base.get_tensor(name)
+            merged = lora_update(A, B, scaling).add_(weight).to(weight.dtype)
+            file.seek(data_start + entry["data_offsets"][0])
+            file.write(merged.flatten().view(torch.uint8).numpy())
+
+
+def copy_other_files(base: Path, run: Path, out: Path, skip: set[str]):
+    """Copy tokenizer, preprocessing, statistics, index and OFT components: the run's where it has its own."""
+    skip = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", "metrics.jsonl", *skip}
+    for folder in (base, run):  # the run comes last, so its files replace those of the base
+        for path in folder.iterdir():
+            is_curve = path.suffix == ".png"
+            is_hidden = path.name.startswith(".")
+            if path.is_file() and path.name not in skip and not is_curve and not is_hidden:
+                shutil.copyfile(path, out / path.name)

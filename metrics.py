@@ -1,141 +1,233 @@
 """
-What a run reports: loss, action-token accuracy and L1 error as the official code counts them, speed, memory; written to
-metrics.jsonl, to the terminal, to a picture, and to W&B or TensorBoard when asked.
+What a run reports: loss, action accuracy and L1 error as the official code counts them, speed, memory.
 
-Accuracy is the share of right ids among action tokens; L1 is |predicted - true| of the decoded values, in normalised
-units (vla-scripts/finetune.py of github.com/openvla/openvla). Axes: n trained positions, V ids.
+They are written to metrics.jsonl, to the terminal, to a picture, and to W&B or TensorBoard when asked.
+
+Accuracy is the share of right ids among action tokens. L1 is |predicted - true| of the decoded values, in normalised
+units (vla-scripts/finetune.py of github.com/openvla/openvla).
+
+Axes: B batch, K actions of a chunk, A action dimensions, n trained positions.
 """
 
+import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+from distributed import total, world_size
+from files import atomic_write
 from model import OpenVLA
 from tokenizer import decode_action, encode_action, is_action_id
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bf16
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
-def count(logits, labels, which, num_datasets: int) -> torch.Tensor:
-    """Per dataset: action tokens, right ones, sum of |error| in normalised units; (num_datasets, 3) float64."""
-    action = is_action_id(labels)
-    predicted, true, which = logits.argmax(-1)[action], labels[action], which[action]
-    error = (decode_action(predicted) - decode_action(true)).abs()
-    sums = torch.stack([torch.ones_like(error), (predicted == true).double(), error], dim=1)
-    return torch.zeros(num_datasets, 3, dtype=torch.float64, device=sums.device).index_add_(0, which, sums)
+# -----------------------------------------------------------------------------
+# Errors of predicted actions, as sums: (num_datasets, 3) float64 of action values, right ones, |error|
 
 
-def count_actions(predicted, true, which, num_datasets: int) -> torch.Tensor:
-    """The same of normalised actions (B, K, A), for policies that do not write tokens: right is the same bin."""
-    same, error = (encode_action(predicted) == encode_action(true)).double(), (predicted - true).abs().double()
-    sums = torch.stack([torch.ones_like(error), same, error], dim=-1).sum((1, 2))  # (B, 3)
-    return torch.zeros(num_datasets, 3, dtype=torch.float64, device=sums.device).index_add_(0, which, sums)
+def count_errors(predicted: torch.Tensor | None, batch: dict, num_datasets: int) -> torch.Tensor:
+    """
+    Compare what a model predicted (as its `loss` returns it) with a batch: ids (n,) of a token model, actions
+    (B, K, A) of an OFT. None, of diffusion, which predicts noise, counts as actions that are 0.
+    """
+    if predicted is None:
+        predicted = torch.zeros_like(batch["actions"])
+    if predicted.is_floating_point():
+        return count_actions(predicted, batch["actions"], batch["dataset"], num_datasets)
+
+    targets = batch["labels"][:, 1:]  # (B, T - 1)
+    trained = targets >= 0
+    dataset = batch["dataset"][:, None].expand_as(trained)
+    return count_tokens(predicted, targets[trained], dataset[trained], num_datasets)
 
 
-def flops_per_sample(model: OpenVLA, tokens: int) -> float:
-    """Multiply-adds of forward and backward, twice, for `tokens` in the language model; 6 per weight and token."""
-    vision = sum(p.numel() for p in model.vision_backbone.parameters()) + sum(
-        p.numel() for p in model.projector.parameters()
-    )
-    layers, text = sum(p.numel() for p in model.language_model.model.layers.parameters()), model.cfg.text
-    patches = (model.cfg.vision[0].img_size // model.cfg.vision[0].patch_size) ** 2
-    attention = 12 * text.num_hidden_layers * text.hidden_size * tokens**2 / 2  # causal: half of the square
-    return 6 * (vision * patches + layers * tokens + text.hidden_size * text.vocab_size * 8) + attention
+def count_tokens(predicted, targets, dataset, num_datasets: int) -> torch.Tensor:
+    """Count predicted ids (n,) against the true ones, per dataset (n,). Ids that are no action (</s>) are left out."""
+    is_action = is_action_id(targets)
+    predicted = predicted[is_action]
+    targets = targets[is_action]
+    error = (decode_action(predicted) - decode_action(targets)).abs()
+    right = (predicted == targets).double()
+    sums = torch.stack([torch.ones_like(error), right, error], dim=1)  # (action tokens, 3)
+    return sum_by_dataset(sums, dataset[is_action], num_datasets)
 
 
-def total(x: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def count_actions(predicted, true, dataset, num_datasets: int) -> torch.Tensor:
+    """Count normalised actions (B, K, A), per dataset (B,). A value is right if it falls into the same bin."""
+    right = (encode_action(predicted) == encode_action(true)).double()
+    error = (predicted - true).abs().double()
+    sums = torch.stack([torch.ones_like(error), right, error], dim=-1).sum((1, 2))  # (B, 3)
+    return sum_by_dataset(sums, dataset, num_datasets)
+
+
+def sum_by_dataset(rows: torch.Tensor, dataset: torch.Tensor, num_datasets: int) -> torch.Tensor:
+    """Sum rows (n, 3) that belong to the same dataset (n,): (num_datasets, 3)."""
+    sums = torch.zeros(num_datasets, 3, dtype=torch.float64, device=rows.device)
+    return sums.index_add_(0, dataset, rows)
+
+
+# -----------------------------------------------------------------------------
+# Speed and memory
+
+
+def flops_per_sample(model: OpenVLA, num_tokens: int) -> float:
+    """
+    Estimate the floating-point operations of forward and backward: 6 for each weight and each token that it sees.
+    num_tokens: in the language model. The head sees eight: seven action tokens and </s>.
+    """
+    text = model.cfg.text
+    vision_weights = count_weights(model.vision_backbone) + count_weights(model.projector)
+    text_weights = count_weights(model.language_model.model.layers)
+    head_weights = text.hidden_size * text.vocab_size
+    # Queries times keys, and weights times values; causal, so half of the square.
+    attention = 12 * text.num_hidden_layers * text.hidden_size * num_tokens**2 / 2
+    linear = 6 * (vision_weights * model.cfg.num_patches + text_weights * num_tokens + head_weights * 8)
+    return linear + attention
+
+
+def count_weights(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def peak_memory_gb() -> float:
+    """Return the largest memory so far: on the GPU, or of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return peak_resident_gb()
+
+
+def peak_resident_gb() -> float:
+    """Return the largest resident size of this process so far."""
+    import resource  # not on Windows
+
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes on a Mac, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def peak_flops() -> float | None:
+    """Return what the GPU could do per second in bfloat16, if it is a known one."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
 class Window:
     """Sums over the steps between two lines of the log."""
 
     def __init__(self, num_datasets: int, device: str):
-        self.losses, self.counts = [], torch.zeros(num_datasets, 3, dtype=torch.float64, device=device)
-        self.samples = self.tokens = 0
-        self.waited, self.start = 0.0, time.perf_counter()
+        self.losses = []  # of steps
+        self.counts = torch.zeros(num_datasets, 3, dtype=torch.float64, device=device)
+        self.samples = 0
+        self.tokens = 0
+        self.waited = 0.0  # seconds for data
+        self.start = time.perf_counter()
 
-    def add(self, batch: dict, sums: torch.Tensor):
-        self.counts += sums
+    def timed_next(self, batches: Iterator[dict]) -> dict:
+        """Return the next batch, and note how long it took."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def add(self, batch: dict, counts: torch.Tensor):
+        self.counts += counts
         self.samples += len(batch["input_ids"])
         self.tokens += batch["input_ids"].numel()
 
     def close(self, model: OpenVLA, names: list[str]) -> dict:
-        """The metrics over all processes; those of a single dataset of a mixture are named metric/dataset."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        seconds, counts = time.perf_counter() - self.start, total(self.counts)
-        n, right, error = counts.sum(0).clamp(min=1e-9).tolist()
-        loss = total(torch.stack(self.losses).mean()).item() / world
-        out = {"loss": loss, "action_accuracy": right / n, "l1_loss": error / n}
-        for name, (n, right, error) in zip(names, counts.tolist(), strict=True):
-            if n and len(names) > 1:
-                out |= {f"action_accuracy/{name}": right / n, f"l1_loss/{name}": error / n}
-        patches = (model.cfg.vision[0].img_size // model.cfg.vision[0].patch_size) ** 2
-        length = patches + self.tokens // max(self.samples, 1)
-        flops = flops_per_sample(model, length) * self.samples / seconds  # of one process
-        out |= dict(samples_per_s=self.samples * world / seconds, tokens_per_s=self.samples * world * length / seconds)
-        out |= dict(s_per_step=seconds / len(self.losses), data_wait_ms=1e3 * self.waited / len(self.losses))
-        out |= dict(tflops=flops / 1e12)
-        if torch.cuda.is_available():
-            peak = next((f for name, f in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-            return (
-                out | ({"mfu": flops / peak} if peak else {}) | {"memory_gb": torch.cuda.max_memory_allocated() / 1e9}
-            )
-        return out | {"memory_gb": peak_memory_gb()}
+        """Return the metrics over all processes. Those of one dataset of a mixture are named metric/dataset."""
+        world = world_size()
+        seconds = time.perf_counter() - self.start
+        counts = total(self.counts)
+
+        num_values, right, error = counts.sum(0).clamp(min=1e-9).tolist()
+        metrics = {
+            "loss": total(torch.stack(self.losses).mean()).item() / world,
+            "action_accuracy": right / num_values,
+            "l1_loss": error / num_values,
+        }
+        if len(names) > 1:
+            for name, (num_values, right, error) in zip(names, counts.tolist(), strict=True):
+                if num_values:
+                    metrics[f"action_accuracy/{name}"] = right / num_values
+                    metrics[f"l1_loss/{name}"] = error / num_values
+
+        length = model.cfg.num_patches + self.tokens // max(self.samples, 1)  # tokens of a sample
+        flops_per_s = flops_per_sample(model, length) * self.samples / seconds  # of one process
+        metrics["samples_per_s"] = self.samples * world / seconds
+        metrics["tokens_per_s"] = self.samples * world * length / seconds
+        metrics["s_per_step"] = seconds / len(self.losses)
+        metrics["data_wait_ms"] = 1e3 * self.waited / len(self.losses)
+        metrics["tflops"] = flops_per_s / 1e12
+        peak = peak_flops()
+        if peak:
+            metrics["mfu"] = flops_per_s / peak
+        metrics["memory_gb"] = peak_memory_gb()
+        return metrics
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a success rate; https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval"""
-    p, d = successes / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z / d * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    """
+    Return the 95 % interval of a success rate.
+    https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval#Wilson_score_interval
+    """
+    p = successes / n
+    denominator = 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / denominator
+    half = z / denominator * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def peak_memory_gb() -> float:
-    """Largest resident size of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+# -----------------------------------------------------------------------------
+# The log
 
 
 class Log:
-    """metrics.jsonl (a resumed run drops the lines beyond its step), terminal, W&B, TensorBoard."""
+    """metrics.jsonl, the terminal, W&B, TensorBoard. A resumed run drops the lines beyond its step."""
 
     def __init__(self, run: Path, max_steps: int, step: int, config: dict, wandb: str = "", tensorboard: bool = False):
         self.path = run / "metrics.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        old = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may have been cut by a kill
-        self.path.write_text("".join(json.dumps(m) + "\n" for m in old if m.get("step", 0) <= step and step))
-        self.bar = tqdm(total=max_steps, initial=step, unit="step", leave=False)
-        self.wandb = self.tensorboard = None
+        self.keep_lines_until(step)
+        # A bar on a terminal only; in a file the lines of the log say how far it is.
+        self.bar = tqdm(total=max_steps, initial=step, unit="step", leave=False, disable=not sys.stderr.isatty())
+        self.wandb = None
+        self.tensorboard = None
         if wandb:
             self.wandb = import_or_say("wandb", "wandb").init(project=wandb, name=run.name, config=config)
         if tensorboard:
             self.tensorboard = import_or_say("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run))
 
-    def write(self, m: dict):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(m) + "\n")
-        line = (
-            f"step {m['step']:6d} | loss {m['loss']:7.4f} | acc {m['action_accuracy']:.3f} | l1 {m['l1_loss']:.4f} | "
-        )
-        line += f"lr {m['lr']:.1e} | {m['s_per_step']:.2f} s/step | {m['samples_per_s']:.0f} samples/s | "
-        line += f"waited {m['data_wait_ms']:.0f} ms | " + (f"mfu {m['mfu']:.0%} | " if "mfu" in m else "")
-        self.bar.write(line + f"{m['memory_gb']:.2f} GB")
+    def keep_lines_until(self, step: int):
+        """Remove the lines of later steps from metrics.jsonl, and one that a kill has cut off."""
+        kept = []
+        if self.path.is_file() and step:
+            for line in self.path.read_text().splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def update_bar(self):
+        self.bar.update()
+
+    def write(self, metrics: dict):
+        """Write one line of metrics everywhere."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        self.bar.write(format_line(metrics))
         if self.wandb:
-            self.wandb.log(m, step=m["step"])
+            self.wandb.log(metrics, step=metrics["step"])
         if self.tensorboard:
-            for key, value in m.items():
-                self.tensorboard.add_scalar(key, value, m["step"])
+            for key, value in metrics.items():
+                self.tensorboard.add_scalar(key, value, metrics["step"])
 
     def close(self):
         self.bar.close()
@@ -145,32 +237,61 @@ class Log:
             self.tensorboard.close()
 
 
-def import_or_say(module: str, package: str):
-    """Import an optional package, or say how to install it."""
-    import importlib
+def format_line(metrics: dict) -> str:
+    """Return the line of the terminal."""
+    parts = [
+        f"step {metrics['step']:6d}",
+        f"loss {metrics['loss']:7.4f}",
+        f"acc {metrics['action_accuracy']:.3f}",
+        f"l1 {metrics['l1_loss']:.4f}",
+        f"lr {metrics['lr']:.1e}",
+        f"{metrics['s_per_step']:.2f} s/step",
+        f"{metrics['samples_per_s']:.0f} samples/s",
+        f"waited {metrics['data_wait_ms']:.0f} ms",
+    ]
+    if "mfu" in metrics:
+        parts.append(f"mfu {metrics['mfu']:.0%}")
+    parts.append(f"{metrics['memory_gb']:.2f} GB")
+    return " | ".join(parts)
 
+
+def import_or_say(module: str, package: str):
+    """Import an optional package. Raises ValueError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise ValueError(f"{package} is not installed: pip install {package}, or leave the option out") from None
 
 
-def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]], labels: dict[int, str]):
-    """
-    Actions (T, A) of the data (black) and of the policy (red) in some episodes, side by side; a row for each dimension
-    in `labels`.
-    """
+# -----------------------------------------------------------------------------
+# Plots
+
+
+def import_pyplot():
+    """Import matplotlib so that it needs no screen."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    true, said = (np.concatenate(x) for x in zip(*episodes, strict=True))
+    return plt
+
+
+def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]], labels: dict[int, str]):
+    """
+    Plot actions (T, A) of the data (black) and of the policy (red), side by side for some episodes.
+    episodes: [(actions of the data, actions of the policy)]. labels: dimension -> its name, one row each.
+    """
+    plt = import_pyplot()
+    data = np.concatenate([actions for actions, _ in episodes])
+    policy = np.concatenate([actions for _, actions in episodes])
+    ends = np.cumsum([len(actions) for actions, _ in episodes])
+
     figure, axes = plt.subplots(len(labels), 1, figsize=(11, 1.3 * len(labels)), sharex=True, squeeze=False)
     for axis, (i, label) in zip(axes[:, 0], labels.items(), strict=True):
-        axis.step(range(len(true)), true[:, i], where="mid", color="black", label="data")
-        axis.step(range(len(said)), said[:, i], where="mid", color="tab:red", linestyle="--", label="policy")
-        for end in np.cumsum([len(t) for t, _ in episodes])[:-1]:
+        axis.step(range(len(data)), data[:, i], where="mid", color="black", label="data")
+        axis.step(range(len(policy)), policy[:, i], where="mid", color="tab:red", linestyle="--", label="policy")
+        for end in ends[:-1]:
             axis.axvline(end - 0.5, color="lightgrey")
         axis.set_ylabel(label, fontsize=8)
     axes[0, 0].legend(ncols=2, fontsize=7, loc="upper right")
@@ -181,17 +302,15 @@ def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]], labe
 
 
 def plot_curves(run: Path):
-    """curves.png in the run folder: loss, accuracy and L1 over the steps of metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Plot loss, accuracy and L1 over the steps of metrics.jsonl, to curves.png in the run folder."""
+    plt = import_pyplot()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines = [m for m in lines if "loss" in m]
+    lines = [metrics for metrics in lines if "loss" in metrics]
+    steps = [metrics["step"] for metrics in lines]
+
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
     for axis, key in zip(axes, ("loss", "action_accuracy", "l1_loss"), strict=True):
-        axis.plot([m["step"] for m in lines], [m[key] for m in lines])
+        axis.plot(steps, [metrics[key] for metrics in lines])
         axis.set(xlabel="step", title=key)
         axis.grid(alpha=0.3)
     figure.tight_layout()

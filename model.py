@@ -1,24 +1,29 @@
 """
 OpenVLA, a vision-language-action model: all of it in this file.
 
-Two ViTs (DINOv2 and SigLIP) read a picture as patches. A projector takes their joined features into the
-embedding space of a Llama-2, between <s> and the instruction. Llama writes one token per action dimension.
+Two vision encoders (ViTs: DINOv2 and SigLIP) turn an image into patch features. A projector takes their joined
+features into the embedding space of a Llama-2, between <s> and the instruction. Llama generates one token per
+dimension of the action.
 
     pixel_values (B, 6, 224, 224) -> ViTs (B, 256, 1024 + 1152) -> projector (B, 256, 4096) --.
     input_ids (B, T) -> embed_tokens (B, T, 4096) --> [<s>, patches, instruction] -> Llama -> logits
+
+What differs from a textbook transformer:
+- The vision encoders give the output of their second-to-last block.
+- Llama uses RMSNorm, rotary position embeddings and a gated MLP, and no biases.
+- Rotary embeddings pair channel i with channel i + C/2, as Hugging Face does.
 
 OpenVLA https://arxiv.org/abs/2406.09246, Prismatic https://arxiv.org/abs/2402.07865, Llama 2
 https://arxiv.org/abs/2307.09288, DINOv2 https://arxiv.org/abs/2304.07193, SigLIP https://arxiv.org/abs/2303.15343.
 Parameters are named as in the released checkpoints: weights load strictly, nothing is renamed.
 
-Axes: B batch, N image patches, T text tokens, S = N + T sequence, L keys seen, D width, H attention
-heads, K key/value heads, C channels of a head (D = H * C), V vocabulary.
+Axes: B batch, N image patches, T text tokens, S = N + T sequence, L keys, D width, H attention heads,
+K key/value heads, C channels of a head (D = H * C), V vocabulary, n trained positions.
 """
 
-import json
-import os
-import re
+import math
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,29 +33,47 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-SHARD_BYTES = 5 * 10**9
+from files import atomic_write, read_json, write_json
+from progress import no_progress
+
+SHARD_BYTES = 5 * 10**9  # the most that one weight file holds
 INDEX = "model.safetensors.index.json"
+PAD_TOKEN_ID = 32000  # the one token that OpenVLA adds to Llama's 32,000
+
+
+# -----------------------------------------------------------------------------
+# Configuration: what config.json says
 
 
 @dataclass
 class ViTConfig:
-    """One vision tower; field names as in timm. The defaults are DINOv2 ViT-L/14 with registers."""
+    """One vision encoder; field names as in timm. The defaults are DINOv2 ViT-L/14 with registers."""
 
     embed_dim: int = 1024
-    depth: int = 24  # as released; the last block is never run, see ViT
+    depth: int = 24  # as released; the last block never runs, see ViT
     num_heads: int = 16
-    patch_size: int = 14
-    img_size: int = 224
+    patch_size: int = 14  # pixels
+    img_size: int = 224  # pixels
     mlp_dim: int = 4096
     cls_token: bool = True
     reg_tokens: int = 4  # https://arxiv.org/abs/2309.16588
     layer_scale: bool = True
 
 
-TOWERS = {  # "timm_model_ids" in config.json -> the released towers: DINOv2 ViT-L/14, SigLIP SO400M/14
+# "timm_model_ids" in config.json -> the released vision encoders
+VISION_ENCODERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": ViTConfig(),
-    "vit_so400m_patch14_siglip_224": ViTConfig(1152, 27, 16, 14, 224, 4304, False, 0, False),
+    "vit_so400m_patch14_siglip_224": ViTConfig(
+        embed_dim=1152,
+        depth=27,
+        num_heads=16,
+        mlp_dim=4304,
+        cls_token=False,
+        reg_tokens=0,
+        layer_scale=False,
+    ),
 }
 
 
@@ -71,35 +94,97 @@ class LlamaConfig:
 
 @dataclass
 class OpenVLAConfig:
-    vision: list[ViTConfig] = field(default_factory=lambda: list(TOWERS.values()))  # one or two
-    text: LlamaConfig = field(default_factory=lambda: LlamaConfig(vocab_size=32064))  # 32000 + <PAD>, in steps of 64
-    extra: dict = field(default_factory=dict)  # the rest of config.json, as it is
+    """The whole config.json. The defaults are openvla-7b."""
+
+    # one vision encoder or two
+    vision: list[ViTConfig] = field(default_factory=lambda: list(VISION_ENCODERS.values()))
+    # 32000 tokens and <PAD>, rounded up to a multiple of 64
+    text: LlamaConfig = field(default_factory=lambda: LlamaConfig(vocab_size=32064))
+    # the rest of config.json, as it is
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, which are as many tokens for Llama."""
+        side = self.vision[0].img_size // self.vision[0].patch_size
+        return side * side
 
     @classmethod
     def from_dict(cls, hf: dict) -> "OpenVLAConfig":
-        """From the content of a config.json. Raises ValueError for an architecture that is not in this file."""
-        text, names = hf.get("text_config", {}), hf.get("timm_model_ids", [])
+        """Read the content of a config.json. Raises ValueError for an architecture that is not in this file."""
+        text = hf.get("text_config", {})
         if text.get("rope_scaling") or text.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: this Llama has no rope_scaling and only silu, text_config is {text}")
-        if "vision_configs" in hf:  # our own key: towers that are not the released ones
-            vision = [ViTConfig(**v) for v in hf["vision_configs"]]
-        elif names and TOWERS.keys() >= set(names):
-            vision = [replace(TOWERS[n], img_size=size) for n, size in zip(names, hf["image_sizes"], strict=True)]
+        known_text = {f.name: text[f.name] for f in fields(LlamaConfig) if f.name in text}
+
+        names = hf.get("timm_model_ids", [])
+        if "vision_configs" in hf:  # our own key, for vision encoders that are not the released ones
+            vision = [ViTConfig(**sizes) for sizes in hf["vision_configs"]]
+        elif names and set(names) <= VISION_ENCODERS.keys():
+            pairs = zip(names, hf["image_sizes"], strict=True)
+            vision = [replace(VISION_ENCODERS[name], img_size=size) for name, size in pairs]
         else:
-            raise ValueError(f"config.json: timm_model_ids is {names}, this code knows {list(TOWERS)}")
-        llama = LlamaConfig(**{f.name: text[f.name] for f in fields(LlamaConfig) if f.name in text})
-        return cls(vision, llama, {k: v for k, v in hf.items() if k not in ("text_config", "vision_configs")})
+            raise ValueError(f"config.json: timm_model_ids is {names}, this code knows {list(VISION_ENCODERS)}")
+
+        extra = {key: value for key, value in hf.items() if key not in ("text_config", "vision_configs")}
+        return cls(vision, LlamaConfig(**known_text), extra)
 
     def to_dict(self) -> dict:
-        """The content of a config.json that this code and the official classes read."""
-        n, hf = len(self.vision), dict(model_type="openvla", architectures=["OpenVLAForActionPrediction"])
-        hf |= dict(arch_specifier=f"no-align+{'fused-' * (n == 2)}gelu-mlp", use_fused_vision_backbone=n == 2)
-        hf |= dict(vision_backbone_id=("siglip-vit-so400m", "dinosiglip-vit-so-224px")[n - 1], pad_token_id=32000)
-        hf |= dict(n_action_bins=256, llm_backbone_id="llama2-7b-pure", image_sizes=[v.img_size for v in self.vision])
-        text = dict(model_type="llama", pad_token_id=32000, **asdict(self.text))
-        hf |= {"timm_model_ids": list(TOWERS)[-n:], **self.extra, "text_config": text}
-        released = self.vision == OpenVLAConfig.from_dict(hf).vision
-        return hf if released else hf | dict(vision_configs=[asdict(v) for v in self.vision])
+        """Return the content of a config.json that this code and the official classes read."""
+        if len(self.vision) == 2:
+            vision = {
+                "arch_specifier": "no-align+fused-gelu-mlp",
+                "use_fused_vision_backbone": True,
+                "vision_backbone_id": "dinosiglip-vit-so-224px",
+                "timm_model_ids": list(VISION_ENCODERS),
+            }
+        else:
+            vision = {
+                "arch_specifier": "no-align+gelu-mlp",
+                "use_fused_vision_backbone": False,
+                "vision_backbone_id": "siglip-vit-so400m",
+                "timm_model_ids": list(VISION_ENCODERS)[1:],
+            }
+        hf = {
+            "model_type": "openvla",
+            "architectures": ["OpenVLAForActionPrediction"],
+            **vision,
+            "pad_token_id": PAD_TOKEN_ID,
+            "n_action_bins": 256,
+            "llm_backbone_id": "llama2-7b-pure",
+            "image_sizes": [vit.img_size for vit in self.vision],
+            **self.extra,
+            "text_config": {"model_type": "llama", "pad_token_id": PAD_TOKEN_ID, **asdict(self.text)},
+        }
+        is_released = OpenVLAConfig.from_dict(hf).vision == self.vision
+        if not is_released:
+            hf["vision_configs"] = [asdict(vit) for vit in self.vision]
+        return hf
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """
+    Return softmax(q k^T / sqrt(C)): how much each query attends to each key.
+    q (B, H, S, C) and k (B, H, L, C) -> (B, H, S, L). mask: bool, True where a query may look.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, S, L)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """
+    Return softmax(q k^T / sqrt(C)) v, (B, H, S, C). To be read: the layers below call PyTorch's fused
+    F.scaled_dot_product_attention, which gives the same without ever holding the (S, L) weights in memory.
+    """
+    return attention_weights(q, k, mask, is_causal) @ v
 
 
 # -----------------------------------------------------------------------------
@@ -107,6 +192,8 @@ class OpenVLAConfig:
 
 
 class ViTAttention(nn.Module):
+    """Multi-head attention in which every patch sees every patch."""
+
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.num_heads = cfg.num_heads
@@ -117,12 +204,13 @@ class ViTAttention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, C)
-        x = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, C)
+        x = x.transpose(1, 2).reshape(B, N, D)
+        return self.proj(x)
 
 
 class LayerScale(nn.Module):
-    """Learned gain per channel on a residual branch, https://arxiv.org/abs/2103.17239"""
+    """A learned gain per channel on a residual branch, https://arxiv.org/abs/2103.17239."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -133,63 +221,101 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the residual stream."""
+
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
         self.attn = ViTAttention(cfg)
         self.ls1 = LayerScale(cfg.embed_dim) if cfg.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
-        fc1, fc2 = nn.Linear(cfg.embed_dim, cfg.mlp_dim), nn.Linear(cfg.mlp_dim, cfg.embed_dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(cfg.embed_dim, cfg.mlp_dim),
+                act=nn.GELU(),
+                fc2=nn.Linear(cfg.mlp_dim, cfg.embed_dim),
+            )
+        )
         self.ls2 = LayerScale(cfg.embed_dim) if cfg.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return x
 
 
 class ViT(nn.Module):
-    """Patch features of the second-to-last block. What the weights hold beyond it never runs: see `is_unused`."""
+    """A vision encoder: the patch features of its second-to-last block. See `is_unused` for what lies beyond."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
+        self.recompute = False  # see OpenVLA.recompute_blocks
         self.num_prefix_tokens = int(cfg.cls_token) + cfg.reg_tokens
         conv = nn.Conv2d(3, cfg.embed_dim, kernel_size=cfg.patch_size, stride=cfg.patch_size)
-        self.patch_embed = nn.ModuleDict(dict(proj=conv))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (cfg.img_size // cfg.patch_size) ** 2, cfg.embed_dim))
+        self.patch_embed = nn.ModuleDict({"proj": conv})
+        num_patches = (cfg.img_size // cfg.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches, cfg.embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim)) if cfg.cls_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, cfg.reg_tokens, cfg.embed_dim)) if cfg.reg_tokens else None
         self.blocks = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.depth - 1))
 
     def forward(self, pixels: Tensor, *condition: Tensor) -> Tensor:
-        x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2)  # (B, D, 16, 16) -> (B, N, D)
+        """Pixels (B, 3, 224, 224) -> patch features (B, N, D). condition: for the blocks of oft.py (FiLM)."""
+        x = self.patch_embed.proj(pixels)  # (B, D, 16, 16)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         x = x + self.pos_embed  # before the prefix tokens, which have no position
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         x = torch.cat([*prefix, x], dim=1)  # (B, 5 + N, D) for DINOv2
         for block in self.blocks:
-            x = block(x, *condition)  # the blocks here take none; oft.py's take the instruction
+            x = run_block(block, self.recompute, x, *condition)
         return x[:, self.num_prefix_tokens :]
 
 
 class VisionBackbone(nn.Module):
-    """One or two ViTs that look at the same picture, each with its own normalisation of the pixels."""
+    """One or two vision encoders for the same image, each with its own normalisation of the pixels."""
 
     def __init__(self, cfgs: list[ViTConfig]):
         super().__init__()
         self.featurizer = ViT(cfgs[0])  # DINOv2 in openvla-7b, SigLIP in openvla-v01-7b
         self.fused_featurizer = ViT(cfgs[1]) if len(cfgs) == 2 else None  # SigLIP in openvla-7b
 
+    def encoders(self) -> list[ViT]:
+        """The one or two vision encoders."""
+        return [vit for vit in (self.featurizer, self.fused_featurizer) if vit is not None]
+
     def forward(self, pixel_values: Tensor, *condition: Tensor) -> Tensor:
-        towers = [vit for vit in (self.featurizer, self.fused_featurizer) if vit is not None]
+        """(B, 3 or 6, 224, 224) -> (B, N, D1 + D2), the features of both encoders side by side."""
         pixels = pixel_values.split(3, dim=1)  # (B, 6, 224, 224) -> two of (B, 3, 224, 224)
-        return torch.cat([vit(p, *condition) for vit, p in zip(towers, pixels, strict=True)], dim=-1)  # (B, N, D1 + D2)
+        features = [vit(p, *condition) for vit, p in zip(self.encoders(), pixels, strict=True)]
+        return torch.cat(features, dim=-1)
 
 
 def build_projector(vision_dims: list[int], dim: int) -> nn.Sequential:
-    """MLP from the towers' joined width to the language model's: two layers for one tower, three for two."""
-    D, hidden = sum(vision_dims), dim if len(vision_dims) == 1 else 4 * sum(vision_dims)
-    mlp = OrderedDict(fc1=nn.Linear(D, hidden), act1=nn.GELU(), fc2=nn.Linear(hidden, dim))
-    return nn.Sequential(mlp if len(vision_dims) == 1 else mlp | OrderedDict(act2=nn.GELU(), fc3=nn.Linear(dim, dim)))
+    """Build the MLP from the encoders' joined width to Llama's: two layers for one encoder, three for two."""
+    vision_dim = sum(vision_dims)
+    if len(vision_dims) == 1:
+        layers = OrderedDict(
+            fc1=nn.Linear(vision_dim, dim),
+            act1=nn.GELU(),
+            fc2=nn.Linear(dim, dim),
+        )
+    else:
+        layers = OrderedDict(
+            fc1=nn.Linear(vision_dim, 4 * vision_dim),
+            act1=nn.GELU(),
+            fc2=nn.Linear(4 * vision_dim, dim),
+            act2=nn.GELU(),
+            fc3=nn.Linear(dim, dim),
+        )
+    return nn.Sequential(layers)
+
+
+def run_block(block: nn.Module, recompute: bool, *inputs) -> Tensor:
+    """Run a block. recompute: keep nothing inside it for the backward pass, which runs it again instead."""
+    if recompute:
+        return recompute_in_backward(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 # -----------------------------------------------------------------------------
@@ -197,58 +323,93 @@ def build_projector(vision_dims: list[int], dim: int) -> nn.Sequential:
 
 
 class RMSNorm(nn.Module):
+    """Divide by the root mean square over the channels; https://arxiv.org/abs/1910.07467."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()  # statistics in fp32 also when the weights are bf16
+        y = x.float()  # in float32 also when the weights are bfloat16
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency for positions (S,) or (B, S)."""
-    freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    """Return cos and sin of position * frequency, for positions (S,) or (B, S); https://arxiv.org/abs/2104.09864."""
+    channels = torch.arange(0, head_dim, 2, device=positions.device).float()
+    freqs = 1.0 / theta ** (channels / head_dim)  # (C/2,)
     angles = positions[..., None].float() * freqs  # (..., S, C/2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(-3)  # (1, S, C) or (B, 1, S, C)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i against channel i + C/2: Hugging Face's pairing, not Meta's neighbours."""
-    x1, x2 = x.chunk(2, dim=-1)  # x is (B, H, S, C)
+    """Rotate x (B, H, S, C): channel i against channel i + C/2. (Meta's own code pairs neighbours.)"""
+    x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-x2, x1], dim=-1) * sin
 
 
 class LlamaAttention(nn.Module):
+    """Multi-head attention with rotary positions and, in some models, fewer key/value heads than query heads."""
+
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
-        self.num_heads, self.num_kv_heads = cfg.num_attention_heads, cfg.num_key_value_heads or cfg.num_attention_heads
+        self.num_heads = cfg.num_attention_heads
+        self.num_kv_heads = cfg.num_key_value_heads or cfg.num_attention_heads
         self.head_dim = cfg.hidden_size // cfg.num_attention_heads
         self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
         self.k_proj = nn.Linear(cfg.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(cfg.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: tuple | None, start: int):
-        B, S, D = x.shape
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, S, D) -> queries (B, H, S, C), keys and values (B, K, S, C), positions rotated in."""
+        B, S, _ = x.shape
         q = self.q_proj(x).view(B, S, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, S, C)
         k = self.k_proj(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, S, C)
         v = self.v_proj(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, S, C)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:  # two buffers (B, K, room, C); these tokens take the places start ... start + S - 1
-            for buffer, new in zip(cache, (k, v), strict=True):
-                buffer[:, :, start : start + S] = new
-            k, v = (buffer[:, :, : start + S] for buffer in cache)  # (B, K, L, C)
-        if self.num_kv_heads != self.num_heads:  # grouped-query attention
-            k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for t in (k, v))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)
-        return self.o_proj(x.transpose(1, 2).reshape(B, S, D))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def share_heads(self, x: Tensor) -> Tensor:
+        """Give every query head its key/value head: (B, K, L, C) -> (B, H, L, C); https://arxiv.org/abs/2305.13245."""
+        if self.num_kv_heads == self.num_heads:
+            return x
+        return x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None,
+        start: int,
+    ) -> Tensor:
+        """Hidden states (B, S, D) -> (B, S, D). For the other arguments see `Llama.forward`."""
+        B, S, D = x.shape
+        q, k, v = self.project(x, cos, sin)
+
+        if cache is not None:
+            # Two buffers (B, K, room, C). The new tokens take the places start ... start + S - 1.
+            key_cache, value_cache = cache
+            key_cache[:, :, start : start + S] = k
+            value_cache[:, :, start : start + S] = v
+            k = key_cache[:, :, : start + S]  # (B, K, L, C)
+            v = value_cache[:, :, : start + S]
+
+        k = self.share_heads(k)
+        v = self.share_heads(v)
+        is_causal = mask is None and S > 1
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # (B, H, S, C)
+        x = x.transpose(1, 2).reshape(B, S, D)
+        return self.o_proj(x)
 
 
 class LlamaMLP(nn.Module):
+    """A gated MLP, https://arxiv.org/abs/2002.05202."""
+
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
@@ -256,10 +417,13 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = F.silu(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class LlamaBlock(nn.Module):
+    """Attention and MLP, each on a normalised input and added to the residual stream."""
+
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
@@ -267,184 +431,326 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = LlamaMLP(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: tuple | None, start: int):
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None,
+        start: int,
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, start)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Llama(nn.Module):
+    """Llama-2, from embeddings to hidden states; `lm_head` turns these into logits."""
+
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.cfg = cfg
-        self.model = nn.ModuleDict(dict(embed_tokens=nn.Embedding(cfg.vocab_size, cfg.hidden_size)))
+        self.recompute = False  # see OpenVLA.recompute_blocks
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size)})
         self.model.layers = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.num_hidden_layers))
         self.model.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, mask=None, positions=None, cache=None, start: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: list[tuple[Tensor, Tensor]] | None = None,
+        start: int = 0,
+    ) -> Tensor:
         """
-        Embeddings (B, S, D) -> hidden states after the final norm (B, S, D); `lm_head` is left to the caller.
-        mask: bool (B or 1, 1, S, L), True where a query may look; None is causal (needs start 0 or S 1).
-        positions: (S,) or (B, S), for the rotary embedding; None counts from `start`.
-        cache: from `new_cache`, filled at places start ... start + S - 1.
+        Embeddings (B, S, D) -> hidden states after the final norm (B, S, D). `lm_head` is left to the caller.
+
+        mask: bool (B or 1, 1, S, L), True where a query may look. None: causal (then start is 0 or S is 1).
+        positions: (S,) or (B, S), for the rotary embedding. None: counted from `start`.
+        cache: from `new_cache`; the tokens fill its places start ... start + S - 1.
         """
-        assert mask is not None or start == 0 or x.shape[1] == 1, "several tokens after a cache need a mask"
+        S = x.shape[1]
+        assert mask is not None or start == 0 or S == 1, "several tokens after a cache need a mask"
         if positions is None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-        head_dim = self.cfg.hidden_size // self.cfg.num_attention_heads
-        cos, sin = rope_tables(positions, head_dim, self.cfg.rope_theta, x.dtype)
+            positions = torch.arange(start, start + S, device=x.device)
+        cos, sin = self.rope(positions, x.dtype)
+
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, mask, cache[i] if cache else None, start)
+            layer_cache = cache[i] if cache else None
+            x = run_block(layer, self.recompute, x, cos, sin, mask, layer_cache, start)
         return self.model.norm(x)
 
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the tables of the rotary embedding for some positions."""
+        head_dim = self.cfg.hidden_size // self.cfg.num_attention_heads
+        return rope_tables(positions, head_dim, self.cfg.rope_theta, dtype)
+
+    def attention_maps(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield for each layer how much each token of x (B, S, D) attends to those before it, (B, H, S, S)."""
+        cos, sin = self.rope(torch.arange(x.shape[1], device=x.device), x.dtype)
+        for layer in self.model.layers:
+            q, k, _ = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
+            yield attention_weights(q, layer.self_attn.share_heads(k), is_causal=True)
+            x = layer(x, cos, sin, None, None, 0)
+
     def new_cache(self, batch: int, room: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer a key and a value buffer (batch, K, room, C)."""
-        attn, new = self.model.layers[0].self_attn, self.model.norm.weight.new_empty
+        """Return per layer a key and a value buffer (batch, K, room, C), not initialised."""
+        attn = self.model.layers[0].self_attn
         shape = (batch, attn.num_kv_heads, room, attn.head_dim)
-        return [(new(shape), new(shape)) for _ in self.model.layers]
+        weight = self.model.norm.weight
+        return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.model.layers]
 
 
 # -----------------------------------------------------------------------------
-# OpenVLA: picture + instruction -> action tokens
+# OpenVLA: image + instruction -> action tokens
 
 
 class OpenVLA(nn.Module):
+    """The whole model: vision encoders, projector, Llama."""
+
     def __init__(self, cfg: OpenVLAConfig):
         super().__init__()
         self.cfg = cfg
         self.vision_backbone = VisionBackbone(cfg.vision)
-        self.projector = build_projector([v.embed_dim for v in cfg.vision], cfg.text.hidden_size)
+        self.projector = build_projector([vit.embed_dim for vit in cfg.vision], cfg.text.hidden_size)
         self.language_model = Llama(cfg.text)
-        self.unused: dict[str, Tensor] = {}  # tensors of the checkpoint that never run, written again as they came
+        # Tensors of the checkpoint that no forward pass reads. They are kept, and written again as they came.
+        self.unused: dict[str, Tensor] = {}
 
-    def init_weights(self, seed: int = 0):
-        """Random weights for training from scratch. Layers keep a signal's size; tables are looked up or added."""
-        g = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            p.data.fill_(0.0 if name.endswith("bias") else 1.0)
-            if p.dim() > 1:
-                table = name.endswith(("pos_embed", "_token", "embed_tokens.weight"))
-                nn.init.normal_(p, 0, 0.2 if table else p[0].numel() ** -0.5, g)
+    def init_weights(self, seed: int = 0) -> "OpenVLA":
+        """
+        Draw random weights for training from scratch. A layer's weights are scaled by its number of inputs, so that a
+        signal keeps its size; tables that are looked up or added (embeddings, positions) have a fixed spread.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.fill_(0.0)
+            elif parameter.dim() == 1:  # norms and layer scales
+                parameter.data.fill_(1.0)
+            elif name.endswith(("pos_embed", "_token", "embed_tokens.weight")):
+                nn.init.normal_(parameter, 0, 0.2, generator)
+            else:
+                fan_in = parameter[0].numel()
+                nn.init.normal_(parameter, 0, fan_in**-0.5, generator)
         return self
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        """[<s>, image patches, rest of the text] as embeddings: (B, T), (B, 3 or 6, 224, 224) -> (B, S, D)."""
+        """ids (B, T) and pixels (B, 3 or 6, 224, 224) -> embeddings (B, S, D) of [<s>, image patches, other text]."""
         patches = self.projector(self.vision_backbone(pixel_values))  # (B, N, D)
         text = self.language_model.model.embed_tokens(input_ids)  # (B, T, D)
         return torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, labels: Tensor | None = None):
         """
-        Without labels: logits (B, S, V) and None. With labels (B, T) int64, negative where nothing is trained:
-        the logits of the n trained positions only, in reading order, (n, V), and their mean loss. (Logits of all
-        S positions would be most of a step's memory.) Padding is on the right, where causal attention never looks.
+        Without labels: return logits (B, S, V) and None.
+
+        With labels (B, T) int64, negative where nothing is trained: return the logits of the trained positions only,
+        in reading order, (n, V), and their mean loss. (Logits of all S positions would be most of a step's memory.)
+        Padding is on the right, where causal attention never looks.
         """
         hidden = self.language_model(self.embed(input_ids, pixel_values))  # (B, S, D)
         if labels is None:
             return self.language_model.lm_head(hidden), None
+
+        # The hidden state of a token predicts the next one. So the first label is dropped, and the last hidden state.
         T = labels.shape[1]
-        trained = labels[:, 1:] >= 0  # (B, T - 1); the token before predicts, so drop the first label
-        logits = self.language_model.lm_head(hidden[:, -T:-1][trained])  # (n, V)
-        return logits, F.cross_entropy(logits.float(), labels[:, 1:][trained])
+        targets = labels[:, 1:]  # (B, T - 1)
+        hidden = hidden[:, -T:-1]  # (B, T - 1, D)
+        trained = targets >= 0
+        logits = self.language_model.lm_head(hidden[trained])  # (n, V)
+        return logits, F.cross_entropy(logits.float(), targets[trained])
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        Return the training loss of a batch of data.collate with `pixel_values`, and the ids (n,) that the model
+        predicts at the trained positions.
+        """
+        logits, loss = self(batch["input_ids"], batch["pixel_values"], batch["labels"])
+        return loss, logits.detach().argmax(-1)
 
     @torch.inference_mode()
-    def generate(self, input_ids: Tensor, pixel_values: Tensor, max_new_tokens: int, lengths: Tensor | None = None):
+    def generate(
+        self, input_ids: Tensor, pixel_values: Tensor, max_new_tokens: int, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
-        Greedy decoding with a key/value cache. input_ids (B, T) padded on the right, lengths (B,) of real tokens
-        (None: all T). Returns new tokens (B, n) int64 and the logits that chose them (B, n, V). Does not stop at
-        </s>: an action has a fixed number of tokens. Raises ValueError if the context is too short.
+        Generate greedily, with a key/value cache. Returns the new tokens (B, n) int64 and the logits that chose them
+        (B, n, V). It does not stop at </s>: an action has a fixed number of tokens.
+
+        input_ids: (B, T), padded on the right. lengths: (B,) numbers of real tokens; None: all T.
+        Raises ValueError if the context is too short.
         """
+        llama = self.language_model
         x = self.embed(input_ids, pixel_values)  # (B, S, D)
         B, S = x.shape[:2]
-        if S + max_new_tokens > (limit := self.cfg.text.max_position_embeddings):
+        room = S + max_new_tokens
+        limit = self.cfg.text.max_position_embeddings
+        if room > limit:
             raise ValueError(f"prompt too long: {S} tokens with the image and {max_new_tokens} new, of {limit} at most")
-        ends = torch.full((B,), S, device=x.device) if lengths is None else S - input_ids.shape[1] + lengths
-        cache = self.language_model.new_cache(B, S + max_new_tokens)
-        hidden = self.language_model(x, cache=cache)
-        hidden = hidden[torch.arange(B, device=x.device), ends - 1, None]  # (B, 1, D), of the last real token
-        keys = torch.arange(S + max_new_tokens, device=x.device)
-        visible = (keys < ends[:, None]) | (keys >= S)  # (B, room): padding stays hidden, new tokens come at S
-        tokens, logits = [], []  # n of (B, 1) and (B, 1, V)
+
+        # `ends` is the place behind the last real token of each row. New tokens come at S, behind the padding.
+        if lengths is None:
+            ends = torch.full((B,), S, device=x.device)
+        else:
+            ends = S - input_ids.shape[1] + lengths
+        places = torch.arange(room, device=x.device)
+        visible = (places < ends[:, None]) | (places >= S)  # (B, room): padding stays hidden
+
+        # Image and prompt in one pass; its last real token predicts the first new one.
+        cache = llama.new_cache(B, room)
+        hidden = llama(x, cache=cache)
+        hidden = hidden[torch.arange(B, device=x.device), ends - 1, None]  # (B, 1, D)
+
+        tokens = []  # n of (B, 1)
+        logits = []  # n of (B, 1, V)
         for i in range(max_new_tokens):
-            logits.append(self.language_model.lm_head(hidden))
+            logits.append(llama.lm_head(hidden))
             tokens.append(logits[-1].argmax(-1))
             if i + 1 < max_new_tokens:
-                x = self.language_model.model.embed_tokens(tokens[-1])  # (B, 1, D)
+                x = llama.model.embed_tokens(tokens[-1])  # (B, 1, D)
                 mask = None if lengths is None else visible[:, None, None, : S + i + 1]
-                hidden = self.language_model(x, mask, ends[:, None] + i, cache, start=S + i)
+                positions = ends[:, None] + i
+                hidden = llama(x, mask, positions, cache, start=S + i)
         return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
 
+    # What training asks of a model
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks of both vision encoders and of Llama."""
+        blocks = []
+        for vit in self.vision_backbone.encoders():
+            blocks += vit.blocks
+        blocks += self.language_model.model.layers
+        return blocks
+
+    def recompute_blocks(self):
+        """Keep only the blocks' inputs for the backward pass, which runs each block again: less memory, more time."""
+        for vit in self.vision_backbone.encoders():
+            vit.recompute = True
+        self.language_model.recompute = True
+
+    # Files
+
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.bfloat16, device="cpu", progress=iter, prepare=None) -> "OpenVLA":
-        """
-        Load a folder in Hugging Face layout; raises if a tensor is missing or has another shape. Weights stay mapped if
-        dtype and device fit. progress: wraps their names. prepare: changes the empty model; weights are then copied.
-        """
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        progress: Callable = no_progress,
+    ) -> "OpenVLA":
+        """Load a folder in Hugging Face layout, see `load_weights`. (`open_checkpoint` says more of a broken one.)"""
         folder = Path(folder)
         with torch.device("meta"):  # no memory until the weights arrive
-            model = (prepare or nn.Identity())(cls(OpenVLAConfig.from_dict(read_config(folder))))
-        state, where = {}, weight_map(folder)
-        maps = {file: safe_open(folder / file, framework="pt") for file in set(where.values())}
-        for name in progress(where):
-            tensor = maps[where[name]].get_tensor(name)  # mapped: its bytes are read when they are used
-            kind = dtype if tensor.is_floating_point() else None
-            if is_unused(name, model.cfg):
-                model.unused[name] = tensor
-            elif state.setdefault(name, tensor.to(device, kind, copy=bool(prepare))) is not tensor:
-                maps[where[name]] = safe_open(folder / where[name], framework="pt")  # lets the pages just copied go
-        model.load_state_dict(state, strict=True, assign=True)
-        return model.eval()
+            model = cls(OpenVLAConfig.from_dict(read_config(folder)))
+        return model.load_weights(weight_map(folder), dtype, device, progress)
 
-    def save_pretrained(self, folder, dtype: torch.dtype | None = None):
+    def load_weights(
+        self,
+        files: dict[str, Path],
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        progress: Callable = no_progress,
+        copy: bool = False,
+    ) -> "OpenVLA":
         """
-        Write config.json and safetensors of at most 5 GB each, as `from_pretrained` and the official classes read
-        them; files appear whole, the index last. dtype None keeps each parameter's; `unused` goes as it came.
+        Replace all weights by those of safetensors files. Raises RuntimeError if one is missing or has another shape.
+
+        files: tensor name -> file. dtype: of the floating-point weights. progress: show_progress or no_progress.
+        copy: without it, weights that need no conversion stay mapped to the file, and use no memory of their own.
         """
-        tensors, shards, room = self.state_dict() | self.unused, [], 0
-        for name, tensor in tensors.items():
-            room -= (nbytes := tensor.numel() * (dtype or tensor.dtype).itemsize)
-            if room < 0:
-                shards, room = [*shards, []], SHARD_BYTES - nbytes
-            shards[-1].append(name)
-        files = {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
-        for file, names in files.items():
-            part = {k: tensors[k].detach().to("cpu", None if k in self.unused else dtype).contiguous() for k in names}
-            write_atomically(Path(folder) / file, lambda tmp, part=part: save_file(part, tmp, {"format": "pt"}))
-        saved = {"torch_dtype": str(dtype or next(self.parameters()).dtype).removeprefix("torch.")}
-        write_json(Path(folder) / "config.json", self.cfg.to_dict() | saved)
-        write_json(Path(folder) / INDEX, {"metadata": {}, "weight_map": {k: f for f, ks in files.items() for k in ks}})
+        opened = {file: safe_open(file, framework="pt") for file in set(files.values())}
+        weights = {}
+        for name in progress(files, "loading", "tensors"):
+            file = files[name]
+            tensor = opened[file].get_tensor(name)  # memory-mapped: the disk is read when the values are used
+            if is_unused(name, self.cfg):
+                self.unused[name] = tensor
+                continue
+
+            target_dtype = dtype if tensor.is_floating_point() else tensor.dtype  # quantized codes stay integers
+            weights[name] = tensor.to(device, target_dtype, copy=copy)
+            if weights[name] is not tensor:
+                # That copy has pulled the file's pages into memory. Opening the file again lets the system drop
+                # them, so that loading needs room for the model and one tensor, not for the model twice.
+                opened[file] = safe_open(file, framework="pt")
+        self.load_state_dict(weights, strict=True, assign=True)
+        return self.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
+        """
+        Write config.json and safetensors of at most 5 GB each, which `from_pretrained` and the official classes read.
+        Files appear whole, the index last. dtype None: each parameter keeps its own. `unused` is written as it came.
+        """
+        folder = Path(folder)
+        tensors = self.state_dict() | self.unused
+        sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
+        shards = split_into_shards(sizes, SHARD_BYTES)
+
+        files = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            shard = {}  # converted one file at a time: a second copy of all weights may not fit into memory
+            for name in names:
+                stored_dtype = None if name in self.unused else dtype
+                shard[name] = tensors[name].detach().to("cpu", stored_dtype).contiguous()
+                files[name] = file
+            with atomic_write(folder / file) as temporary:
+                save_file(shard, temporary, {"format": "pt"})
+
+        saved_dtype = dtype or next(self.parameters()).dtype
+        config = {**self.cfg.to_dict(), "torch_dtype": str(saved_dtype).removeprefix("torch.")}
+        write_json(folder / "config.json", config)
+        write_json(folder / INDEX, {"metadata": {}, "weight_map": files})
+
+
+# -----------------------------------------------------------------------------
+# A checkpoint's files
+
+
+def split_into_shards(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Distribute tensors, given by name and bytes, in their order to files of at most `most` bytes."""
+    shards = []
+    room = 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards
 
 
 def is_unused(name: str, cfg: OpenVLAConfig) -> bool:
-    """True for the released tensors that never run: last ViT block, final ViT norm, SigLIP's attention pool."""
-    match = re.match(r"vision_backbone\.(fused_)?featurizer\.(?:(norm|attn_pool)|blocks\.(\d+))\.", name)
-    return bool(match) and (match[2] is not None or int(match[3]) == cfg.vision[match[1] is not None].depth - 1)
+    """
+    True for tensors of the released files that no forward pass reads. OpenVLA takes its patch features from the
+    second-to-last ViT block, so the last block, the final norm and SigLIP's attention pool never run.
+    """
+    prefixes = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
+    for vit, prefix in zip(cfg.vision, prefixes, strict=False):
+        if name.startswith(prefix):
+            last_block = f"blocks.{vit.depth - 1}."
+            return name.removeprefix(prefix).startswith((last_block, "norm.", "attn_pool."))
+    return False
 
 
 def read_config(folder: Path) -> dict:
-    """config.json, its norm_stats joined by a dataset_statistics.json (where fine-tuned models keep theirs)."""
-    hf, extra = json.loads((folder / "config.json").read_text("utf-8")), folder / "dataset_statistics.json"
-    more = json.loads(extra.read_text("utf-8")) if extra.is_file() else {}
-    return hf | {"norm_stats": (hf.get("norm_stats") or {}) | more}
+    """Read config.json. Fine-tuned models keep their norm_stats in dataset_statistics.json, which are added."""
+    hf = read_json(folder / "config.json")
+    norm_stats = hf.get("norm_stats") or {}
+    if (folder / "dataset_statistics.json").is_file():
+        norm_stats = {**norm_stats, **read_json(folder / "dataset_statistics.json")}
+    return {**hf, "norm_stats": norm_stats}
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> safetensors file in the folder, from the index or, without one, from model.safetensors."""
+def weight_map(folder: Path) -> dict[str, Path]:
+    """Return tensor name -> safetensors file, from the index or, without one, from model.safetensors."""
     if (folder / INDEX).is_file():
-        return json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-    with safe_open(folder / "model.safetensors", framework="pt") as f:
-        return dict.fromkeys(f.keys(), "model.safetensors")
-
-
-def write_json(path: Path, content: dict):
-    write_atomically(path, lambda tmp: tmp.write_text(json.dumps(content, indent=2), encoding="utf-8"))
-
-
-def write_atomically(path: Path, write):
-    """Call write(a path beside it), flush to disk, rename: `path` is the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(tmp)
-    with open(tmp, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+        files = read_json(folder / INDEX)["weight_map"]
+        return {name: folder / file for name, file in files.items()}
+    single = folder / "model.safetensors"
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)

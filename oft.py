@@ -1,56 +1,73 @@
 """
-OpenVLA-OFT: the same model, a chunk of actions in one forward pass. https://arxiv.org/abs/2502.19645
+OpenVLA-OFT: the same model answers with a chunk of actions in one forward pass. https://arxiv.org/abs/2502.19645
 
-    [<s>, patches of each picture, state, (time), prompt ... 29871, n placeholders, </s>] -> Llama, everything sees
-    everything -> hidden states from 29871 on, (B, n, D) -> head -> actions (B, K, A)
+    V images -> vision encoders -> projector ---.
+    robot's state -> proprio_projector ---------+
+                                                v
+                 [<s>, image and state tokens (B, M, D), prompt ... 29871, n placeholders, </s>]
+                                                |
+                   Llama, in which every token sees every token (B, S, D)
+                                                |
+                   hidden states from 29871 to the last placeholder but one (B, n, D)
+                                                |
+                   action head -> actions (B, K, A)
 
-Placeholders carry nothing (or, in diffusion, noisy actions); what they become comes out one place earlier, as with
-tokens. Parameter names are those of the released components. Follows vla-scripts/finetune.py, prismatic/models/
-action_heads.py, projectors.py, film_vit_wrapper.py and prismatic/extern/hf/modeling_prismatic.py of
-github.com/moojink/openvla-oft.
+What differs from OpenVLA:
+- The answer is not generated token by token. The sequence has a placeholder for each number of the chunk, and all are
+  filled at once: the hidden state one position before a placeholder becomes its number, as with tokens.
+- Llama's attention is not causal, so that a placeholder sees the ones after it.
+- A placeholder's embedding is zero; with the diffusion head it holds a noisy action, and a time token says how noisy.
+- There may be several images, and a token for the robot's state.
+- With FiLM, the instruction scales and shifts the features inside the vision encoders.
 
-Axes: B batch, T text tokens (placeholders included), S sequence, D width of Llama, V pictures, K actions of a chunk, A
-dimensions of an action, P of the robot's state, n = K * A placeholders.
+Parameters are named as in the released components. Follows vla-scripts/finetune.py, prismatic/models/action_heads.py,
+projectors.py, film_vit_wrapper.py and prismatic/extern/hf/modeling_prismatic.py of github.com/moojink/openvla-oft.
+
+Axes: B batch, V images, N patches of an image, T text tokens (placeholders included), M image and state tokens,
+S = M + T sequence, D width of Llama, K actions of a chunk, A dimensions of an action, n = K * A placeholders,
+P dimensions of the robot's state.
 """
 
+import copy
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import sample
-from checkpoint import OFT_RECORD as RECORD
-from checkpoint import base_of
-from lora import load_adapter
-from model import OpenVLA, is_unused, write_atomically, write_json
-from tokenizer import BLANK, EOS, PAD, SCHEME, SCHEMES, decode_action, normalize, pad_sequences, unnormalize
+from checkpoint import OFT_RECORD, Checkpoint, open_checkpoint
+from files import atomic_write, read_json, write_json
+from lora import default_alpha, load_adapter, lora_update
+from model import OpenVLA, is_unused
+from normalize import SCHEME, SCHEMES
+from progress import no_progress
+from tokenizer import BLANK, EOS, PAD, decode_action, pad_sequences
 
 HEADS = ("l1", "diffusion", "discrete")
 
 
 @dataclass
 class OFTConfig:
-    """What oft_config.json says; the official folders do not have that file."""
+    """What oft_config.json says. The official folders do not have that file."""
 
     action_chunk: int = 8  # K: 8 LIBERO, 25 ALOHA, 5 Bridge
-    action_dim: int = 7  # A: 7, of ALOHA 14
-    proprio_dim: int = 8  # P: 8 LIBERO, 14 ALOHA, 7 Bridge; 0: the state is not looked at
+    action_dim: int = 7  # A: 7; 14 ALOHA
+    proprio_dim: int = 8  # P: 8 LIBERO, 14 ALOHA, 7 Bridge; 0: the model does not get the state
     num_images: int = 2  # V
     head: str = "l1"  # one of HEADS
-    film: bool = False  # the instruction modulates both ViTs
+    film: bool = False  # the instruction modulates both vision encoders
     diffusion_steps: int = 50
     scheme: str = SCHEME  # of actions and state: q01 and q99 become -1 and 1; "bounds" (ALOHA): min and max
 
 
 # -----------------------------------------------------------------------------
-# Heads
+# New parts of the network
 
 
 class ResidualBlock(nn.Module):
@@ -81,339 +98,617 @@ class MLPResNet(nn.Module):
 
 
 def build_head(cfg: OFTConfig, dim: int) -> nn.ModuleDict:
-    """Empty for discrete actions, which lm_head predicts. Nested as in the official files."""
+    """Build the action head, nested as in the official files. It is empty for "discrete": lm_head predicts tokens."""
     if cfg.head == "discrete":
         return nn.ModuleDict()
     mlp = MLPResNet(cfg.action_dim * dim, dim, cfg.action_dim)
-    return nn.ModuleDict(
-        dict(model=mlp) if cfg.head == "l1" else dict(noise_predictor=nn.ModuleDict(dict(mlp_resnet=mlp)))
-    )
+    if cfg.head == "diffusion":
+        return nn.ModuleDict({"noise_predictor": nn.ModuleDict({"mlp_resnet": mlp})})
+    return nn.ModuleDict({"model": mlp})
 
 
 class Projector(nn.Module):
-    """State (B, P), or noisy actions (B, n, 1), into Llama's embedding space."""
+    """The robot's state (B, P), or noisy actions (B, n, 1), -> Llama's embedding space (B, D) or (B, n, D)."""
 
     def __init__(self, input_dim: int, dim: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(input_dim, dim), nn.Linear(dim, dim)
+        self.fc1 = nn.Linear(input_dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def through(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) in the dtype of its weights (new parts train in float32 beside a model in bfloat16), x's coming out."""
-    return module(x.to(next(module.parameters()).dtype)).to(x.dtype)
-
-
 class FiLMBlock(nn.Module):
-    """A ViT block whose features the instruction scales and shifts after attention; https://arxiv.org/abs/1709.07871"""
+    """
+    A block of a vision encoder whose features the instruction scales and shifts after attention (feature-wise linear
+    modulation): x -> x * (1 + scale(instruction)) + shift(instruction). https://arxiv.org/abs/1709.07871
+    """
 
     def __init__(self, block: nn.Module, vision_dim: int, dim: int):
         super().__init__()
         self.block = block
-        self.scale, self.shift = nn.Linear(dim, vision_dim), nn.Linear(dim, vision_dim)
+        self.scale = nn.Linear(dim, vision_dim)
+        self.shift = nn.Linear(dim, vision_dim)
 
-    def forward(self, x: Tensor, language: Tensor) -> Tensor:
-        b = self.block  # x (B, N, Dv), language (B, D)
-        x = x + b.ls1(b.attn(b.norm1(x)))
-        x = x * (1 + through(self.scale, language)[:, None]) + through(self.shift, language)[:, None]
-        return x + b.ls2(b.mlp(b.norm2(x)))
+    def forward(self, x: Tensor, instruction: Tensor) -> Tensor:
+        """Patch features (B, N, Dv) and the mean embedding of the instruction (B, D) -> (B, N, Dv)."""
+        block = self.block
+        x = x + block.ls1(block.attn(block.norm1(x)))
+        scale = in_own_dtype(self.scale, instruction)[:, None]  # (B, 1, Dv): the same for all patches
+        shift = in_own_dtype(self.shift, instruction)[:, None]
+        x = x * (1 + scale) + shift
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        return x
+
+
+def in_own_dtype(module: nn.Module, x: Tensor) -> Tensor:
+    """
+    Run a module in the dtype of its own weights, and return the result in the dtype of x. New parts train in float32
+    beside a model in bfloat16.
+    """
+    own_dtype = next(module.parameters()).dtype
+    return module(x.to(own_dtype)).to(x.dtype)
 
 
 # -----------------------------------------------------------------------------
-# Diffusion: DDIM, https://arxiv.org/abs/2010.02502, with the squared-cosine schedule of arXiv 2102.09672
+# Diffusion: DDIM, https://arxiv.org/abs/2010.02502, with the squared-cosine schedule of https://arxiv.org/abs/2102.09672
+#
+# x_0 is a chunk of actions, e is noise, a_t is the share of the signal's variance that is left after noising step t.
 
 
-def alphas_cumprod(steps: int, device="cpu") -> Tensor:
-    """How much of the signal is left after each noising step, (steps,) float32."""
+def alphas_cumprod(steps: int, device: str | torch.device = "cpu") -> Tensor:
+    """
+    Return a_t for t = 0 ... steps - 1, (steps,) float32:
 
-    def left(t: float) -> float:
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        a_t = product of (1 - beta_i) over i = 0 ... t
+        beta_i = min(1 - f((i + 1) / steps) / f(i / steps), 0.999)
+        f(s) = cos((s + 0.008) / 1.008 * pi / 2)^2
+    """
 
-    betas = [min(1 - left((i + 1) / steps) / left(i / steps), 0.999) for i in range(steps)]
-    return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float32, device=device), dim=0)
+    def f(s: float) -> float:
+        return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - f((i + 1) / steps) / f(i / steps), 0.999) for i in range(steps)]
+    betas = torch.tensor(betas, dtype=torch.float32, device=device)
+    return torch.cumprod(1 - betas, dim=0)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor, alphas: Tensor) -> Tensor:
-    """Actions (B, K, A) after noising step t (B,)."""
-    a = alphas[t][:, None, None]
+    """
+    Return actions (B, K, A) as they are after noising step t (B,):
+
+        x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e
+    """
+    a = alphas[t][:, None, None]  # (B, 1, 1)
     return a.sqrt() * x + (1 - a).sqrt() * noise
 
 
 def denoise(x: Tensor, noise: Tensor, t: int, stride: int, alphas: Tensor) -> Tensor:
-    """One DDIM step without new noise, from t to t - stride; the clean actions it assumes are clipped to [-1, 1]."""
-    a, before = alphas[t], alphas[t - stride] if t >= stride else alphas.new_ones(())
-    clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
-    return before.sqrt() * clean + (1 - before).sqrt() * noise
+    """
+    Go back from step t to step t - stride, given the noise that was predicted in x. No new noise is added:
+
+        x_0 = (x_t - sqrt(1 - a_t) e) / sqrt(a_t), clipped to [-1, 1]
+        x_(t - stride) = sqrt(a_(t - stride)) x_0 + sqrt(1 - a_(t - stride)) e
+
+    Before step 0 there is no noise: a is 1.
+    """
+    a = alphas[t]
+    a_before = alphas[t - stride] if t >= stride else torch.ones_like(a)
+    clean = (x - (1 - a).sqrt() * noise) / a.sqrt()
+    clean = clean.clamp(-1, 1)
+    return a_before.sqrt() * clean + (1 - a_before).sqrt() * noise
 
 
 def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): sines, then cosines."""
+    """
+    Return sin(t w_i), then cos(t w_i), for i = 0 ... dim/2 - 1: steps (B,) -> (B, dim).
+
+        w_i = 10000^(-i / (dim/2 - 1))
+    """
     half = dim // 2
-    freqs = torch.exp(torch.arange(half, device=t.device) * -math.log(10000) / (half - 1))
-    angles = t[:, None] * freqs
+    i = torch.arange(half, device=t.device)
+    frequencies = torch.exp(i * -math.log(10000) / (half - 1))
+    angles = t[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 # -----------------------------------------------------------------------------
-# The whole
+# The whole: images, state and instruction -> a chunk of actions
 
 
 class OFT(nn.Module):
+    """
+    An OpenVLA with the new parts that make it answer with a chunk of actions. With FiLM, the blocks of its vision
+    encoders are wrapped, in place; nothing else in the OpenVLA changes.
+    """
+
     def __init__(self, vla: OpenVLA, cfg: OFTConfig):
         super().__init__()
         dim = vla.cfg.text.hidden_size
-        self.vla, self.oft = vla, cfg
+        self.vla = vla
+        self.oft = cfg
         self.action_head = build_head(cfg, dim)
         self.proprio_projector = Projector(cfg.proprio_dim, dim) if cfg.proprio_dim else None
         self.noisy_action_projector = Projector(1, dim) if cfg.head == "diffusion" else None
         if cfg.film:
-            towers = (vla.vision_backbone.featurizer, vla.vision_backbone.fused_featurizer)
-            for vit, c in zip(filter(None, towers), vla.cfg.vision, strict=True):
-                vit.blocks = nn.ModuleList(FiLMBlock(block, c.embed_dim, dim) for block in vit.blocks)
+            for vit, vit_cfg in zip(vla.vision_backbone.encoders(), vla.cfg.vision, strict=True):
+                vit.blocks = nn.ModuleList(FiLMBlock(block, vit_cfg.embed_dim, dim) for block in vit.blocks)
 
     @property
     def num_placeholders(self) -> int:
+        """n: one for each number of a chunk."""
         return self.oft.action_chunk * self.oft.action_dim
 
-    def lay_out(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Prompts that end in 29871 -> ids (B, T) with placeholders and </s>, padded on the right; prompt lengths."""
-        rows = [[*prompt, *[BLANK] * self.num_placeholders, EOS] for prompt in prompts]
-        return pad_sequences(rows, PAD)[0], torch.tensor([len(prompt) for prompt in prompts])
+    # Inputs
 
-    def features(self, ids: Tensor, lengths: Tensor, pixel_values: Tensor, proprio: Tensor | None):
+    def insert_placeholders(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """
-        What does not change from one denoising step to the next: text embeddings (B, T, D) with empty placeholders,
-        where these are (B, T) bool, picture and state tokens (B, ..., D). pixel_values (B, V * 6, H, W).
+        Prompts that end in 29871 -> input_ids (B, T) int64 of [prompt, n placeholders, </s>], padded on the right, and
+        the lengths (B,) of the prompts. The ids of placeholders are arbitrary: their embeddings are replaced.
         """
-        text, place = self.vla.language_model.model.embed_tokens(ids), torch.arange(ids.shape[1], device=ids.device)
-        slots = (place >= lengths[:, None]) & (place < lengths[:, None] + self.num_placeholders)
-        text = text.masked_fill(slots[..., None], 0)  # a new tensor
+        placeholders = [BLANK] * self.num_placeholders
+        input_ids, _ = pad_sequences([prompt + placeholders + [EOS] for prompt in prompts], PAD)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        return input_ids, lengths
+
+    def features(
+        self, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor, proprio: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Return all that stays the same from one denoising step to the next:
+
+        text: (B, T, D), the embeddings of input_ids, zero at the placeholders.
+        is_placeholder: (B, T) bool.
+        image_and_state_tokens: (B, M, D).
+
+        input_ids, lengths: of `insert_placeholders`. pixel_values: (B, V * 3 or V * 6, H, W). proprio: (B, P).
+        Raises ValueError if the number of images or the size of the state is not that of the checkpoint.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
+        starts = lengths[:, None]  # (B, 1): the first placeholder follows the prompt
+        is_placeholder = (positions >= starts) & (positions < starts + self.num_placeholders)
+
+        text = self.vla.language_model.model.embed_tokens(input_ids)  # (B, T, D)
+        text = text.masked_fill(is_placeholder[..., None], 0)
+
         condition = []
-        if self.oft.film:  # the mean of all text; the official training batches count their padding, too
-            words = (~slots & (ids != PAD))[..., None].to(text.dtype)
-            condition = [(text * words).sum(1) / words.sum(1)]
-        channels = 3 * len(self.vla.cfg.vision)
-        pictures = [self.vla.vision_backbone(p, *condition) for p in pixel_values.split(channels, dim=1)]
-        if len(pictures) != self.oft.num_images:
-            raise ValueError(f"{len(pictures)} pictures, this checkpoint wants {self.oft.num_images}")
-        seen = [self.vla.projector(torch.cat(pictures, dim=1))]  # (B, V * N, D)
+        if self.oft.film:
+            is_text = ~is_placeholder & (input_ids != PAD)
+            condition = [mean_embedding(text, is_text)]  # (B, D)
+        image_and_state_tokens = self.image_tokens(pixel_values, condition)  # (B, V * N, D)
         if self.proprio_projector is not None:
-            if proprio is None or proprio.shape[-1] != self.oft.proprio_dim:
-                found = "none" if proprio is None else f"{proprio.shape[-1]} numbers"
-                raise ValueError(f"this checkpoint wants a state of {self.oft.proprio_dim} numbers, got {found}")
-            seen.append(through(self.proprio_projector, proprio.to(text.dtype))[:, None])
-        return text, slots, torch.cat(seen, dim=1)
+            state_token = self.state_token(proprio, text.dtype)  # (B, 1, D)
+            image_and_state_tokens = torch.cat([image_and_state_tokens, state_token], dim=1)
+        return text, is_placeholder, image_and_state_tokens
 
-    def hidden_states(self, ids: Tensor, lengths: Tensor, text: Tensor, seen: Tensor) -> Tensor:
-        """Hidden states that predict the placeholders and </s>, (B, n + 1, D): from the one before the first."""
-        x = torch.cat([text[:, :1], seen, text[:, 1:]], dim=1)  # (B, S, D)
-        real = torch.cat([ids.new_ones(seen.shape[:2]), ids != PAD], dim=1).bool()  # (B, S); pads are at the end
-        hidden = self.vla.language_model(x, real[:, None, None])  # every real place sees every real place
-        first = seen.shape[1] + lengths - 1
-        where = first[:, None] + torch.arange(self.num_placeholders + 1, device=ids.device)  # (B, n + 1)
-        return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+    def image_tokens(self, pixel_values: Tensor, condition: list[Tensor]) -> Tensor:
+        """pixel_values (B, V * 3 or V * 6, H, W) -> (B, V * N, D). condition: of FiLM, or nothing."""
+        channels = 3 * len(self.vla.cfg.vision)  # each vision encoder has a normalisation of its own
+        images = pixel_values.split(channels, dim=1)  # V of (B, 3 or 6, H, W)
+        if len(images) != self.oft.num_images:
+            raise ValueError(f"{len(images)} images, this checkpoint wants {self.oft.num_images}")
+        patches = [self.vla.vision_backbone(image, *condition) for image in images]  # V of (B, N, D1 + D2)
+        return self.vla.projector(torch.cat(patches, dim=1))
 
-    def predict_noise(self, ids, lengths, text, slots, seen, noisy: Tensor, t: Tensor) -> Tensor:
-        """Noisy actions (B, K, A) at time t (B,) -> the noise in them."""
-        tokens = through(self.noisy_action_projector, noisy.flatten(1)[..., None].to(text.dtype))  # (B, n, D)
-        time = time_embedding(t, text.shape[-1]).to(text.dtype)[:, None]
-        text = text.masked_scatter(slots[..., None], tokens)
-        hidden = self.hidden_states(ids, lengths, text, torch.cat([seen, time], dim=1))
-        return through(self.action_head.noise_predictor.mlp_resnet, self.side_by_side(hidden[:, :-1]))
+    def state_token(self, proprio: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The robot's state (B, P), normalised -> (B, 1, D)."""
+        expected = self.oft.proprio_dim
+        if proprio is None:
+            raise ValueError(f"this checkpoint wants a state of {expected} numbers, got none")
+        if proprio.shape[-1] != expected:
+            raise ValueError(f"this checkpoint wants a state of {expected} numbers, got {proprio.shape[-1]} numbers")
+        return in_own_dtype(self.proprio_projector, proprio.to(dtype))[:, None]
 
-    def side_by_side(self, hidden: Tensor) -> Tensor:
-        return hidden.reshape(len(hidden), self.oft.action_chunk, -1)  # (B, n, D) -> (B, K, A * D)
+    # Llama, once, over everything
 
-    def act(self, ids: Tensor, lengths: Tensor, pixel_values: Tensor, proprio: Tensor | None = None, noise=None):
+    def hidden_states(self, input_ids: Tensor, lengths: Tensor, text: Tensor, image_and_state_tokens: Tensor) -> Tensor:
         """
-        Normalised actions (B, K, A), in float32; of the discrete head, logits (B, n + 1, V), the last ones of </s>. ids
-        and lengths as from `lay_out`, proprio (B, P) normalised. noise (B, K, A): what diffusion starts from; None:
-        always the same, so that a policy's answer depends on what it sees alone.
+        Return the hidden states that predict the n placeholders and </s>, (B, n + 1, D). Those are one position to the
+        left of what they predict: from 29871, the last token of the prompt, to the last placeholder.
         """
-        text, slots, seen = self.features(ids, lengths, pixel_values, proprio)
-        if self.oft.head != "diffusion":
-            hidden = self.hidden_states(ids, lengths, text, seen)
-            if self.oft.head == "discrete":
-                return self.vla.language_model.lm_head(hidden)
-            return through(self.action_head.model, self.side_by_side(hidden[:, :-1])).float()
+        x = torch.cat([text[:, :1], image_and_state_tokens, text[:, 1:]], dim=1)  # (B, S, D)
+
+        # Every token sees every other one but padding, which is at the end.
+        is_text = input_ids != PAD  # (B, T)
+        is_image_or_state = torch.ones(image_and_state_tokens.shape[:2], dtype=torch.bool, device=x.device)
+        visible = torch.cat([is_image_or_state, is_text], dim=1)  # (B, S)
+        hidden = self.vla.language_model(x, mask=visible[:, None, None])  # (B, S, D)
+
+        start = image_and_state_tokens.shape[1] + lengths - 1  # (B,): the position of 29871
+        positions = start[:, None] + torch.arange(self.num_placeholders + 1, device=x.device)  # (B, n + 1)
+        index = positions[..., None].expand(-1, -1, hidden.shape[-1])  # (B, n + 1, D)
+        return hidden.gather(1, index)
+
+    def group_by_action(self, hidden: Tensor) -> Tensor:
+        """Put the hidden states of an action's numbers side by side: (B, n + 1, D) -> (B, K, A * D)."""
+        hidden = hidden[:, :-1]  # (B, n, D): without </s>
+        return hidden.reshape(len(hidden), self.oft.action_chunk, -1)
+
+    # Actions
+
+    def act(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        pixel_values: Tensor,
+        proprio: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Return normalised actions (B, K, A) float32; of the discrete head, logits (B, n + 1, vocabulary), the last ones
+        of </s>.
+
+        input_ids, lengths: of `insert_placeholders`. pixel_values: (B, V * 3 or V * 6, H, W).
+        proprio: (B, P), normalised. noise: (B, K, A), what diffusion starts from; None: always the same.
+        """
+        text, is_placeholder, image_and_state_tokens = self.features(input_ids, lengths, pixel_values, proprio)
+        if self.oft.head == "diffusion":
+            if noise is None:
+                noise = self.fixed_noise(len(input_ids), input_ids.device)
+            return self.denoise_actions(input_ids, lengths, text, is_placeholder, image_and_state_tokens, noise)
+
+        hidden = self.hidden_states(input_ids, lengths, text, image_and_state_tokens)  # (B, n + 1, D)
+        if self.oft.head == "discrete":
+            return self.vla.language_model.lm_head(hidden)
+        return in_own_dtype(self.action_head.model, self.group_by_action(hidden)).float()
+
+    def fixed_noise(self, batch_size: int, device: torch.device) -> Tensor:
+        """Return the same noise (B, K, A) at each call, for each row: so an answer depends only on the input."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(1, self.oft.action_chunk, self.oft.action_dim, generator=generator)
+        return noise.to(device).expand(batch_size, -1, -1)
+
+    def denoise_actions(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        text: Tensor,
+        is_placeholder: Tensor,
+        image_and_state_tokens: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        """Noise (B, K, A) -> actions (B, K, A) float32: one pass of Llama for each of the diffusion steps."""
         steps = self.oft.diffusion_steps
-        alphas = alphas_cumprod(steps, ids.device)
-        if noise is None:
-            shape, always = (1, self.oft.action_chunk, self.oft.action_dim), torch.Generator().manual_seed(0)
-            noise = torch.randn(shape, generator=always).to(ids.device).expand(len(ids), -1, -1)
+        alphas = alphas_cumprod(steps, input_ids.device)
         x = noise
-        for t in reversed(range(steps)):
-            at = torch.full((len(ids),), t, device=ids.device)
-            x = denoise(x, self.predict_noise(ids, lengths, text, slots, seen, x, at).float(), t, 1, alphas)
+        for step in reversed(range(steps)):
+            t = torch.full((len(input_ids),), step, device=input_ids.device)  # (B,)
+            predicted = self.predict_noise(input_ids, lengths, text, is_placeholder, image_and_state_tokens, x, t)
+            x = denoise(x, predicted.float(), step, stride=1, alphas=alphas)
         return x
 
+    def predict_noise(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor,
+        text: Tensor,
+        is_placeholder: Tensor,
+        image_and_state_tokens: Tensor,
+        noisy: Tensor,
+        t: Tensor,
+    ) -> Tensor:
+        """
+        Noisy actions (B, K, A) at diffusion steps t (B,) -> the noise in them (B, K, A). The other arguments are the
+        inputs and outputs of `features`.
+        """
+        # Each number of the chunk becomes the embedding of its placeholder.
+        numbers = noisy.flatten(1)[..., None].to(text.dtype)  # (B, n, 1)
+        action_tokens = in_own_dtype(self.noisy_action_projector, numbers)  # (B, n, D)
+        text = text.masked_scatter(is_placeholder[..., None], action_tokens)
+
+        time_token = time_embedding(t, text.shape[-1]).to(text.dtype)[:, None]  # (B, 1, D)
+        tokens = torch.cat([image_and_state_tokens, time_token], dim=1)  # (B, M + 1, D)
+        hidden = self.hidden_states(input_ids, lengths, text, tokens)  # (B, n + 1, D)
+        return in_own_dtype(self.action_head.noise_predictor.mlp_resnet, self.group_by_action(hidden))
+
     @torch.inference_mode()
-    def predict(self, prompts: list[list[int]], pixel_values: Tensor, proprio: Tensor | None = None, noise=None):
-        """Prompts as ids, one per row of pixel_values -> normalised actions (B, K, A) float64, on the CPU."""
-        ids, lengths = (x.to(pixel_values.device) for x in self.lay_out(prompts))
-        out = self.act(ids, lengths, pixel_values, proprio, noise)
-        if not torch.isfinite(out).all():
+    def predict(
+        self,
+        prompts: list[list[int]],
+        pixel_values: Tensor,
+        proprio: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Prompts as ids, one for each row of pixel_values -> normalised actions (B, K, A) float64, on the CPU. The other
+        arguments are those of `act`. Raises ValueError if the answer is not finite.
+        """
+        input_ids, lengths = self.insert_placeholders(prompts)
+        device = pixel_values.device
+        answer = self.act(input_ids.to(device), lengths.to(device), pixel_values, proprio, noise)
+        if not torch.isfinite(answer).all():
             raise ValueError("the policy's answer is not finite: broken weights, or numbers beyond --dtype float16")
         if self.oft.head == "discrete":
-            out = decode_action(out[:, :-1].argmax(-1)).view(len(ids), self.oft.action_chunk, -1)
-        return out.cpu().double()
+            answer = self.decode_logits(answer)
+        return answer.cpu().double()
 
-    def forward(self, ids: Tensor, labels: Tensor, pixel_values: Tensor, proprio: Tensor | None, actions: Tensor):
+    def decode_logits(self, logits: Tensor) -> Tensor:
+        """Logits (B, n + 1, vocabulary) -> the most likely actions (B, K, A) float64, in [-1, 1]."""
+        tokens = logits[:, :-1].argmax(-1)  # (B, n): without </s>
+        return decode_action(tokens).view(len(tokens), self.oft.action_chunk, self.oft.action_dim)
+
+    # What training asks of a model
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """
-        Batch of data.collate -> (mean loss, predicted (B, K, A) or None). The ids' actions are not looked at but for
-        the discrete head's labels.
+        Return the training loss of a batch of data.collate with `pixel_values` (B, V * 3 or V * 6, H, W), and the
+        predicted actions (B, K, A), or None: diffusion predicts noise.
+        """
+        return self(batch["input_ids"], batch["labels"], batch["pixel_values"], batch.get("proprio"), batch["actions"])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor,
+        proprio: Tensor | None,
+        actions: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Return what `loss` does. input_ids and labels (B, T) are those of tokens, with an action token in each
+        placeholder. These are ignored, except as labels of the discrete head. actions: (B, K, A), normalised.
         """
         lengths = (labels >= 0).int().argmax(dim=1)  # the first label follows the prompt
         if self.oft.head == "diffusion":
-            noise, steps = torch.randn_like(actions), self.oft.diffusion_steps
-            t = torch.randint(steps, (len(ids),), device=ids.device)
-            noisy = add_noise(actions, noise, t, alphas_cumprod(steps, ids.device))
-            text, slots, seen = self.features(ids, lengths, pixel_values, proprio)
-            predicted = self.predict_noise(ids, lengths, text, slots, seen, noisy, t)
-            return F.mse_loss(predicted.float(), noise), None
-        out = self.act(ids, lengths, pixel_values, proprio)
+            return self.diffusion_loss(input_ids, lengths, pixel_values, proprio, actions), None
+
+        answer = self.act(input_ids, lengths, pixel_values, proprio)
         if self.oft.head == "discrete":
-            answers = labels[labels >= 0].view(len(ids), -1)  # (B, n + 1)
-            predicted = decode_action(out[:, :-1].detach().argmax(-1)).view_as(actions)
-            return F.cross_entropy(out.float().flatten(0, 1), answers.flatten()), predicted
-        return F.l1_loss(out, actions), out.detach()
+            targets = labels[labels >= 0]  # (B * (n + 1),)
+            loss = F.cross_entropy(answer.float().flatten(0, 1), targets)
+            return loss, self.decode_logits(answer.detach())
+        return F.l1_loss(answer, actions), answer.detach()
+
+    def diffusion_loss(
+        self, input_ids: Tensor, lengths: Tensor, pixel_values: Tensor, proprio: Tensor | None, actions: Tensor
+    ) -> Tensor:
+        """Return the mean of (e - e_predicted)^2, at a random diffusion step for each row."""
+        noise = torch.randn_like(actions)
+        t = torch.randint(self.oft.diffusion_steps, (len(input_ids),), device=input_ids.device)  # (B,)
+        alphas = alphas_cumprod(self.oft.diffusion_steps, input_ids.device)
+        noisy = add_noise(actions, noise, t, alphas)
+
+        text, is_placeholder, image_and_state_tokens = self.features(input_ids, lengths, pixel_values, proprio)
+        predicted = self.predict_noise(input_ids, lengths, text, is_placeholder, image_and_state_tokens, noisy, t)
+        return F.mse_loss(predicted.float(), noise)
 
 
-def predict_chunk(policy: sample.Policy, images, instructions, states=None, unnorm_key="", crop=None) -> np.ndarray:
+def mean_embedding(text: Tensor, is_text: Tensor) -> Tensor:
     """
-    images: B lists of V pictures each, as `sample.predict_action` takes them; instructions: B texts; states (B, P) in
-    the robot's units. Returns (B, K, A) float64 in the robot's units; of a token model, K is 1. Raises ValueError.
+    Return the mean embedding of the tokens where is_text (B, T) is True: (B, T, D) -> (B, D). (The official training
+    batches count padding, too.)
     """
-    if not isinstance(policy.model, OFT):
-        return sample.predict_action(policy, [p for (p,) in images], instructions, unnorm_key, crop)[:, None]
-    stats, model = sample.dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint), policy.model
-    weight = model.vla.language_model.model.norm.weight
-    views = [np.stack([sample.prepare(policy, p, crop) for p in view]) for view in zip(*images, strict=True)]
-    views = [policy.processor.normalize(torch.from_numpy(view).to(weight.device)) for view in views]
-    proprio = None
-    if model.oft.proprio_dim and states is not None:
-        if np.shape(states)[-1] != (wanted := len(stats["proprio"]["q01"])):
-            raise ValueError(
-                f"the state has {np.shape(states)[-1]} numbers, {policy.checkpoint} was trained on {wanted}"
-            )
-        proprio = torch.from_numpy(normalize(states, stats["proprio"], model.oft.scheme)).to(weight.device)
-    prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
-    actions = model.predict(prompts, torch.cat(views, dim=1).to(weight.dtype), proprio)
-    return unnormalize(actions.numpy(), stats["action"], model.oft.scheme)
+    weights = is_text[..., None].to(text.dtype)  # (B, T, 1)
+    return (text * weights).sum(1) / weights.sum(1)
 
 
 # -----------------------------------------------------------------------------
 # Folders: a model in Hugging Face layout, and beside it the components as official .pt files
 
-COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
+
+def needed_components(cfg: OFTConfig) -> dict[str, bool]:
+    """Return for each component, NAME--STEP_checkpoint.pt, if such a policy has it."""
+    return {
+        "action_head": cfg.head != "discrete",
+        "proprio_projector": cfg.proprio_dim > 0,
+        "noisy_action_projector": cfg.head == "diffusion",
+        "vision_backbone": cfg.film,
+    }
 
 
-def component(folder: Path, name: str) -> dict[str, Tensor] | None:
-    """The tensors of NAME--STEP_checkpoint.pt, without DDP's prefix; None if there is no such file."""
+def read_component(folder: Path, name: str) -> dict[str, Tensor] | None:
+    """
+    Return the tensors of NAME--STEP_checkpoint.pt, without the prefix of PyTorch's DDP, or None if there is no such
+    file. Raises ValueError if there are several.
+    """
     files = sorted(folder.glob(f"{name}--*checkpoint.pt"))
     if len(files) > 1:
-        raise ValueError(f"{folder}: several {name} files, {', '.join(f.name for f in files)}; keep one")
+        raise ValueError(f"{folder}: several {name} files, {', '.join(file.name for file in files)}; keep one")
     if not files:
         return None
     tensors = torch.load(files[0], map_location="cpu", weights_only=True)
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
 
 
+# oft_config.json
+
+
 def read_record(folder: Path) -> OFTConfig:
-    """oft_config.json. Raises ValueError for an official folder without it, and says what would stand there."""
-    if (folder / RECORD).is_file():
-        try:
-            cfg = OFTConfig(**json.loads((folder / RECORD).read_text("utf-8")))
-            sizes = (cfg.action_chunk, cfg.action_dim, cfg.num_images, cfg.diffusion_steps)
-            if cfg.head not in HEADS or cfg.scheme not in SCHEMES or min(sizes) < 1 or cfg.proprio_dim < 0:
-                raise ValueError(f"{cfg}; head is one of {', '.join(HEADS)}, scheme one of {', '.join(SCHEMES)}")
-            return cfg
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / RECORD}: {error}") from None
-    cfg, head, state = OFTConfig(), component(folder, "action_head"), component(folder, "proprio_projector")
-    cfg.head = "discrete" if not head else "l1" if "model.fc2.bias" in head else "diffusion"
-    cfg.action_dim = next((len(v) for k, v in (head or {}).items() if k.endswith("fc2.bias")), 7)
-    cfg.proprio_dim = state["fc1.weight"].shape[1] if state else 0
-    cfg.film = component(folder, "vision_backbone") is not None
-    if cfg.action_dim == 14:
-        cfg.action_chunk, cfg.num_images, cfg.scheme = 25, 3, "bounds"
-    elif cfg.proprio_dim == 7:
-        cfg.action_chunk, cfg.num_images = 5, 1
-    raise ValueError(
-        f"{folder}: an official OFT folder does not say how long its chunks are (8 LIBERO, 25 ALOHA, 5 Bridge) nor "
-        f"how many pictures it looks at. Write them to {folder / RECORD}; by its other files that may be "
-        f"{json.dumps(asdict(cfg))}"
-    )
+    """Read oft_config.json. Raises ValueError for an official folder without it, and says what would stand there."""
+    file = folder / OFT_RECORD
+    if not file.is_file():
+        raise ValueError(
+            f"{folder}: an official OFT folder does not say how long its chunks are (8 LIBERO, 25 ALOHA, 5 Bridge) nor "
+            f"how many images it takes. Write them to {file}; by its other files that may be "
+            f"{json.dumps(asdict(guess_config(folder)))}"
+        )
+
+    record = read_json(file)
+    try:
+        cfg = OFTConfig(**record)
+        check_record(cfg)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return cfg
 
 
-def load_oft(folder, dtype=torch.bfloat16, device="cpu", cfg: OFTConfig | None = None, progress=lambda names: names):
+def check_record(cfg: OFTConfig):
+    """Raise ValueError for a config that no policy can have."""
+    known = cfg.head in HEADS and cfg.scheme in SCHEMES
+    sizes = (cfg.action_chunk, cfg.action_dim, cfg.num_images, cfg.diffusion_steps)
+    if not known or min(sizes) < 1 or cfg.proprio_dim < 0:
+        raise ValueError(f"{cfg}; head is one of {', '.join(HEADS)}, scheme one of {', '.join(SCHEMES)}")
+
+
+def guess_config(folder: Path) -> OFTConfig:
     """
-    Folder, or LoRA run of finetune_oft.py -> OFT in eval mode. cfg None: as oft_config.json says. Raises ValueError
-    naming the file if something does not fit.
+    Guess the config of an official folder from the tensors of its components. Chunk length and number of images leave
+    no trace there: they are those of the released policies for a robot with as many numbers.
     """
-    folder = Path(folder)
-    cfg, base = cfg or read_record(folder), base_of(folder)
-    vla = OpenVLA.from_pretrained(base or folder, dtype, device, progress)
-    model = OFT(load_adapter(vla, folder) if base else vla, cfg)
-    for name in COMPONENTS:
-        part = model.vla.vision_backbone if name == "vision_backbone" else getattr(model, name)
-        wanted = cfg.film if name == "vision_backbone" else part is not None and any(True for _ in part.parameters())
-        tensors = component(folder, name)
-        if (tensors is not None) != wanted:
-            raise ValueError(f"{folder}: {name}--*_checkpoint.pt is {'missing' if wanted else 'not expected'}: {cfg}")
-        if not wanted:
+    head = read_component(folder, "action_head")
+    state_projector = read_component(folder, "proprio_projector")
+    cfg = OFTConfig(film=read_component(folder, "vision_backbone") is not None)
+
+    # What the tensors tell.
+    if head is None:
+        cfg.head = "discrete"
+    elif "model.fc2.bias" in head:
+        cfg.head = "l1"
+    else:
+        cfg.head = "diffusion"
+    last_biases = [tensor for name, tensor in (head or {}).items() if name.endswith("fc2.bias")]
+    if last_biases:
+        cfg.action_dim = len(last_biases[0])
+    cfg.proprio_dim = state_projector["fc1.weight"].shape[1] if state_projector else 0
+
+    # What the robot tells.
+    is_aloha = cfg.action_dim == 14
+    is_bridge = cfg.proprio_dim == 7
+    if is_aloha:
+        cfg.action_chunk = 25
+        cfg.num_images = 3
+        cfg.scheme = "bounds"
+    elif is_bridge:
+        cfg.action_chunk = 5
+        cfg.num_images = 1
+    return cfg
+
+
+# Load
+
+
+def load_oft(
+    checkpoint: str | Path | Checkpoint,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    cfg: OFTConfig | None = None,
+    progress: Callable = no_progress,
+) -> OFT:
+    """
+    Load a policy in eval mode from a folder, or from a run of finetune_oft.py with its base checkpoint.
+
+    cfg: None: as oft_config.json says. progress: show_progress of progress.py, or no_progress.
+    Raises ValueError, naming the file, if something is missing or does not fit.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    folder = checkpoint.folder
+    if cfg is None:
+        cfg = read_record(folder)
+
+    # The OpenVLA.
+    vla = copy.deepcopy(checkpoint.skeleton)
+    vla.load_weights(checkpoint.weight_map, dtype, device, progress)
+    if checkpoint.base:
+        load_adapter(vla, folder)
+
+    # The components.
+    model = OFT(vla, cfg)
+    for name, is_needed in needed_components(cfg).items():
+        tensors = read_component(folder, name)
+        if is_needed and tensors is None:
+            raise ValueError(f"{folder}: {name}--*_checkpoint.pt is missing: {cfg}")
+        if not is_needed and tensors is not None:
+            raise ValueError(f"{folder}: {name}--*_checkpoint.pt is not expected: {cfg}")
+        if not is_needed:
             continue
-        if name == "vision_backbone":
-            tensors = merged({k.removeprefix("vision_backbone."): v for k, v in tensors.items()})
-            tensors = {k: v for k, v in tensors.items() if not is_unused(f"vision_backbone.{k}", model.vla.cfg)}
-        films = {k for k in part.state_dict() if re.search(r"\.(scale|shift)\.(weight|bias)$", k)}
+
         try:
-            part.load_state_dict(tensors, strict=tensors.keys() != films)  # a LoRA run keeps no frozen weights
+            if name == "vision_backbone":
+                load_vision_backbone(vla, tensors)
+            else:
+                getattr(model, name).load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{folder}, {name}: {error}") from None
     return model.to(device, dtype).eval()
 
 
-def merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters in a FiLM backbone (alpha at most 16) folded into the weights they belong to, in float32."""
-    out = {key.replace(".base_layer.", "."): value for key, value in tensors.items() if ".lora_" not in key}
-    for key, A in tensors.items():
-        if key.endswith(".lora_A.default.weight"):
-            name = key.removesuffix(".lora_A.default.weight")
-            B, rank = tensors[f"{name}.lora_B.default.weight"], len(A)
-            delta = (B.float().flatten(1) @ A.float().flatten(1)).view_as(out[f"{name}.weight"]) * (
-                min(rank, 16) / rank
-            )
-            out[f"{name}.weight"] = out[f"{name}.weight"].float() + delta
-    return out
+def load_vision_backbone(vla: OpenVLA, tensors: dict[str, Tensor]):
+    """
+    Load vision encoders with FiLM: whole ones, as in an official folder, or only the FiLM layers of a LoRA run, which
+    keeps no frozen weights. Raises RuntimeError if tensors are missing or have another shape.
+    """
+    tensors = {name.removeprefix("vision_backbone."): tensor for name, tensor in tensors.items()}
+    tensors = fold_adapters(tensors)
+    weights = {}
+    for name, tensor in tensors.items():
+        if not is_unused(f"vision_backbone.{name}", vla.cfg):
+            weights[name] = tensor
+
+    film_names = {name for name in vla.vision_backbone.state_dict() if is_film(name)}
+    is_whole = weights.keys() != film_names
+    vla.vision_backbone.load_state_dict(weights, strict=is_whole)
 
 
-def save_components(oft: OFTConfig, state: dict[str, Tensor], folder: Path):
-    """Write oft_config.json and, of the weights of an OFT by name, those that are not the model's own."""
-    for name in COMPONENTS:
-        own = f"vla.{name}." if name == "vision_backbone" else f"{name}."
-        prefix = "vision_backbone." if name == "vision_backbone" else "module."  # as officially
-        tensors = {prefix + k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
-        if tensors and (oft.film or name != "vision_backbone"):
-            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            path = folder / f"{name}--latest_checkpoint.pt"
-            write_atomically(path, lambda tmp, tensors=tensors: torch.save(tensors, tmp))
-    write_json(folder / RECORD, asdict(oft))
+def fold_adapters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, with the adapters among them added to the weights that they belong to, in float32."""
+    folded = {}
+    for name, tensor in tensors.items():
+        if ".lora_" not in name:
+            folded[name.replace(".base_layer.", ".")] = tensor
+
+    for name, A in tensors.items():
+        if name.endswith(".lora_A.default.weight"):
+            module = name.removesuffix(".lora_A.default.weight")
+            B = tensors[f"{module}.lora_B.default.weight"]
+            rank = len(A)
+            update = lora_update(A, B, default_alpha(rank) / rank)
+            folded[f"{module}.weight"] = folded[f"{module}.weight"].float() + update
+    return folded
+
+
+def is_film(name: str) -> bool:
+    """True for the name of a tensor that FiLM adds to a vision encoder."""
+    return re.search(r"\.(scale|shift)\.(weight|bias)$", name) is not None
+
+
+# Save
 
 
 def save_oft(model: OFT, folder: str | Path, dtype: torch.dtype | None = None):
-    """Write the folder that `load_oft` reads: the model in Hugging Face layout, the components, oft_config.json."""
-    state = {k: v.to(dtype or v.dtype) for k, v in model.state_dict().items()}
+    """
+    Write the folder that `load_oft` reads: the model in Hugging Face layout, the components, oft_config.json. dtype
+    None: each parameter keeps its own.
+    """
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
     save_components(model.oft, state, Path(folder))
-    backbone = model.vla.vision_backbone
-    towers = [vit for vit in (backbone.featurizer, backbone.fused_featurizer) if vit and model.oft.film]
-    films = [vit.blocks for vit in towers]
-    for vit in towers:  # the model's own files hold the plain towers
-        vit.blocks = nn.ModuleList(film.block for film in vit.blocks)
-    try:
-        model.vla.save_pretrained(folder, dtype)
-    finally:
-        for vit, blocks in zip(towers, films, strict=True):
-            vit.blocks = blocks
+    without_film(model.vla).save_pretrained(folder, dtype)
+
+
+def save_components(cfg: OFTConfig, state: dict[str, Tensor], folder: Path):
+    """
+    Write the components and oft_config.json. state: weights of an OFT by name, of which those that no component has
+    are left out.
+    """
+    for component, is_needed in needed_components(cfg).items():
+        if not is_needed:
+            continue
+        if component == "vision_backbone":
+            own_prefix = "vla.vision_backbone."
+            official_prefix = "vision_backbone."
+        else:
+            own_prefix = f"{component}."
+            official_prefix = "module."  # of PyTorch's DDP
+
+        tensors = {}
+        for name, tensor in state.items():
+            if name.startswith(own_prefix):
+                tensors[official_prefix + name.removeprefix(own_prefix)] = tensor.detach().cpu().contiguous()
+        with atomic_write(folder / f"{component}--latest_checkpoint.pt") as temporary:
+            torch.save(tensors, temporary)
+    write_json(folder / OFT_RECORD, asdict(cfg))
+
+
+def without_film(vla: OpenVLA) -> OpenVLA:
+    """Return an OpenVLA with the same weights, whose vision encoders have no FiLM: what the model's own files hold."""
+    weights = {}
+    for name, tensor in vla.state_dict().items():
+        if not is_film(name):
+            weights[name.replace(".block.", ".")] = tensor  # FiLMBlock holds the plain block as `block`
+
+    with torch.device("meta"):
+        plain = OpenVLA(vla.cfg)
+    plain.load_state_dict(weights, assign=True)
+    plain.unused = vla.unused
+    return plain

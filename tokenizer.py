@@ -1,5 +1,5 @@
 """
-Words and actions to token ids, and back. Every encode stands beside its decode.
+Instructions and actions to token ids, and back. Every encode stands beside its decode.
 
     "put the spoon on the towel" -> prompt -> [1, 512, 29901, ..., 29901] -> + [29871]
     action (A,), metres and radians -> normalized to [-1, 1] -> 256 bins -> ids 31999 (-1) ... 31744 (+1)
@@ -9,9 +9,10 @@ text: the official code decodes the action to characters and tokenizes prompt an
 same ids because no pair of action characters merges, and 29871 is what is left of the blank between the two.
 
 OpenVLA section 3.2, https://arxiv.org/abs/2406.09246; prismatic/vla/action_tokenizer.py and
-prismatic/vla/datasets/rlds/utils/data_utils.py of github.com/openvla/openvla.
+prismatic/vla/datasets/rlds/utils/data_utils.py of github.com/openvla/openvla. Metres and radians become [-1, 1] in
+normalize.py.
 
-Axes: B batch, T text tokens, A dimensions of an action.
+Axes: B batch, T text tokens, A dimensions of an action, K actions of a chunk.
 """
 
 import json
@@ -21,7 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BOS, EOS, PAD = 1, 2, 32000  # <s>, </s>, and the one token that OpenVLA adds to Llama's
+UNK = 0  # <unk>
+BOS = 1  # <s>
+EOS = 2  # </s>
+PAD = 32000  # <PAD>, the one token that OpenVLA adds to Llama's; the same number as PAD_TOKEN_ID of model.py
+SPECIAL_TOKENS = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, "<PAD>": PAD}
 BLANK = 29871  # the piece of a lone blank; stands between "Out:" and the action
 VOCAB_SIZE = 32000  # Llama's own pieces; embeddings have 32064 rows, but actions count down from here
 NUM_BINS = 256  # bin edges; there are 255 bins between them
@@ -43,104 +48,185 @@ PROMPT_VICUNA = (  # openvla-v01-7b
 
 
 class Tokenizer:
-    """
-    Llama-2's sentencepiece model with the ids of Hugging Face's LlamaTokenizerFast, which OpenVLA was trained with.
-    `path` is a tokenizer.model or a folder that holds one. Raises FileNotFoundError or ValueError if it is not one.
-    """
+    """Llama-2's sentencepiece model, with the ids of Hugging Face's LlamaTokenizerFast, as OpenVLA was trained."""
 
     def __init__(self, path: str | Path, prompt: str = PROMPT):
+        """
+        Read a tokenizer.model, or that of a folder. prompt: has {instruction} in it, see `prompt_for`.
+        Raises FileNotFoundError, or ValueError if it is not Llama-2's or one laid out like it.
+        """
         from sentencepiece import SentencePieceProcessor
 
-        path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.model"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; every checkpoint folder has its tokenizer.model")
-        self.model_bytes, self.prompt = path.read_bytes(), prompt
+
+        self.prompt = prompt
+        self.model_bytes = path.read_bytes()
         if self.model_bytes.startswith(b"version https://git-lfs"):
             raise ValueError(f"{path}: a Git LFS pointer, not the tokenizer; run `git lfs pull` in its folder")
         try:
             self.sp = SentencePieceProcessor(model_proto=self.model_bytes)
         except RuntimeError:
             raise ValueError(f"{path}: not a sentencepiece model; copy tokenizer.model from openvla-7b") from None
-        if (found := (self.sp.vocab_size(), self.sp.piece_to_id("▁"))) != (VOCAB_SIZE, BLANK):
-            raise ValueError(f"{path}: vocabulary size and blank id are {found}, Llama-2's are {VOCAB_SIZE, BLANK}")
 
-    def files(self) -> dict[str, bytes]:
-        """File name -> content of what Hugging Face's tokenizer wants to find in a checkpoint folder."""
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<PAD>"}
-        special = {"0": "<unk>", "1": "<s>", "2": "</s>", "32000": "<PAD>"}
-        flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False)
-        config = dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False)
-        config |= dict(padding_side="right", model_max_length=2048, clean_up_tokenization_spaces=False, **names)
-        config["added_tokens_decoder"] = {i: dict(content=t, special=True, **flags) for i, t in special.items()}
-        contents = {"tokenizer_config.json": config, "added_tokens.json": {"<PAD>": PAD}}
-        contents["special_tokens_map.json"] = {k: dict(content=t, **flags) for k, t in names.items()}
-        return {k: json.dumps(v, indent=2).encode() for k, v in contents.items()} | {
-            "tokenizer.model": self.model_bytes
-        }
+        layout = (self.sp.vocab_size(), self.sp.piece_to_id("▁"))
+        if layout != (VOCAB_SIZE, BLANK):
+            raise ValueError(f"{path}: vocabulary size and blank id are {layout}, Llama-2's are {VOCAB_SIZE, BLANK}")
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids with <s> in front. Special tokens written out in the text become their ids."""
-        special = {"<unk>": [0], "<s>": [BOS], "</s>": [EOS], "<PAD>": [PAD]}
-        parts = re.split("(<unk>|<s>|</s>|<PAD>)", text)  # what follows a special token starts with a blank again
-        return [BOS] + [i for part in parts if part for i in special.get(part) or self.sp.encode(part)]
+        """Return the ids of a text, <s> first. Special tokens that are spelled in the text become their ids."""
+        ids = [BOS]
+        for part in re.split("(<unk>|<s>|</s>|<PAD>)", text):
+            if part in SPECIAL_TOKENS:
+                ids.append(SPECIAL_TOKENS[part])
+            else:
+                ids.extend(self.sp.encode(part))  # which puts a blank in front, also after a special token
+        return ids
 
     def decode(self, ids) -> str:
-        """Ids to text, without special tokens; inverse of `encode` for text that has none."""
-        return self.sp.decode([int(i) for i in ids if 2 < int(i) < VOCAB_SIZE])
+        """Return the text of ids, without special tokens; inverse of `encode` for text that has none."""
+        pieces = [int(i) for i in ids if EOS < int(i) < VOCAB_SIZE]
+        return self.sp.decode(pieces)
 
     def encode_prompt(self, instruction: str) -> list[int]:
-        """Instruction to the ids that stand before an action, the blank included."""
+        """Return the ids that stand before an action: the prompt with its instruction, and the blank."""
         instruction = instruction.lower().replace("<image>", "")  # the official prompt builder drops <image> too
         ids = self.encode(self.prompt.format(instruction=instruction))
-        return ids if ids[-1] == BLANK else [*ids, BLANK]
+        if ids[-1] != BLANK:
+            ids.append(BLANK)
+        return ids
 
     def encode_example(self, instruction: str, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        Instruction and normalized action (A,) or chunk (K, A), in [-1, 1] -> input_ids (T,) int64 and labels (T,)
-        int64: IGNORE_INDEX but for the action's ids and </s>. OpenVLA section 3.3.
+        Return input_ids (T,) int64 and labels (T,) int64 of an instruction and a normalized action (A,) or chunk
+        (K, A) in [-1, 1]. Labels are IGNORE_INDEX but for the action's ids and </s>. OpenVLA section 3.3.
         """
-        answer = [*encode_action(np.asarray(action).reshape(-1)).tolist(), EOS]
         prompt = self.encode_prompt(instruction)
-        return np.array(prompt + answer), np.array([IGNORE_INDEX] * len(prompt) + answer)
+        answer = encode_action(np.asarray(action).reshape(-1)).tolist()
+        answer.append(EOS)
+        input_ids = prompt + answer
+        labels = [IGNORE_INDEX] * len(prompt) + answer
+        return np.array(input_ids), np.array(labels)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that Hugging Face's tokenizer expects in a checkpoint folder: name -> content."""
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        tokenizer_config = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+            "padding_side": "right",
+            "model_max_length": 2048,
+            "clean_up_tokenization_spaces": False,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<PAD>",
+            "added_tokens_decoder": {
+                "0": {"content": "<unk>", "special": True, **flags},
+                "1": {"content": "<s>", "special": True, **flags},
+                "2": {"content": "</s>", "special": True, **flags},
+                "32000": {"content": "<PAD>", "special": True, **flags},
+            },
+        }
+        special_tokens_map = {
+            "bos_token": {"content": "<s>", **flags},
+            "eos_token": {"content": "</s>", **flags},
+            "unk_token": {"content": "<unk>", **flags},
+            "pad_token": {"content": "<PAD>", **flags},
+        }
+        return {
+            "tokenizer_config.json": to_json(tokenizer_config),
+            "added_tokens.json": to_json({"<PAD>": PAD}),
+            "special_tokens_map.json": to_json(special_tokens_map),
+            "tokenizer.model": self.model_bytes,
+        }
 
 
-def make_standin(path: str | Path, words: tuple = ()):
-    """
-    Write a tokenizer.model with Llama-2's layout (32,000 pieces, bytes at 3 ... 258, the blank at 29871) that knows
-    only the prompt's words, `words`, letters and bytes: for toy worlds and tests, where Llama's own may not be given
-    away. Any text is encoded without loss; models trained with it need it.
-    """
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
-    known = [f"▁{w}" for w in dict.fromkeys([*PROMPT.split("{")[0].split(), *words])] + ["Out:"]
-    texts = dict.fromkeys([*known, *(chr(c) for c in range(33, 127))])
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *texts]
-    pieces += [f"<unused{i}>" for i in range(len(pieces), VOCAB_SIZE)]
-    pieces[BLANK] = "▁"
-    model, Piece = pb.ModelProto(), pb.ModelProto.SentencePiece
-    for i, piece in enumerate(pieces):
-        kind = Piece.UNKNOWN if i == 0 else Piece.CONTROL if i < 3 else Piece.BYTE if i < 259 else Piece.NORMAL
-        score = -1.0 if piece in known else -10.0  # a whole word beats its letters
-        model.pieces.add(piece=piece, score=score, type=Piece.UNUSED if piece.startswith("<unused") else kind)
-    model.trainer_spec.MergeFrom(pb.TrainerSpec(model_type=1, vocab_size=VOCAB_SIZE, byte_fallback=True, pad_id=-1))
-    flags = dict(add_dummy_prefix=True, remove_extra_whitespaces=False, escape_whitespaces=True)
-    model.normalizer_spec.MergeFrom(pb.NormalizerSpec(name="identity", **flags))
-    Path(path).write_bytes(model.SerializeToString())
+def to_json(content: dict) -> bytes:
+    """Return the content of a JSON file."""
+    return json.dumps(content, indent=2).encode()
 
 
 def prompt_for(config: dict) -> str:
-    """The prompt that a model was trained with, told from its config.json: Vicuna's for openvla-v01-7b."""
+    """Return the prompt that a model was trained with, by its config.json: Vicuna's for openvla-v01-7b."""
     llm = f"{config.get('llm_backbone_id', '')} {config.get('hf_llm_id', '')}".lower()
     return PROMPT_VICUNA if "vicuna" in llm else PROMPT
 
 
 def pad_sequences(sequences: list, value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences of ids to (B, T) int64, padded on the right with `value`, and their lengths (B,) int64."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    out = torch.full((len(sequences), int(lengths.max())), value, dtype=torch.long)
-    for row, sequence in zip(out, sequences, strict=True):
+    """Return sequences of ids as (B, T) int64, padded on the right with `value`, and their lengths (B,) int64."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    longest = int(lengths.max())
+    padded = torch.full((len(sequences), longest), value, dtype=torch.long)
+    for row, sequence in zip(padded, sequences, strict=True):
         row[: len(sequence)] = torch.as_tensor(sequence)
-    return out, lengths
+    return padded, lengths
+
+
+# -----------------------------------------------------------------------------
+# A stand-in for Llama's tokenizer
+
+
+def make_standin(path: str | Path, words: tuple = ()):
+    """
+    Write a tokenizer.model with Llama-2's layout: 32,000 pieces, bytes at 3 ... 258, the blank at 29871. It knows only
+    the prompt's words, `words`, letters and bytes. Any text is encoded without loss.
+
+    It is for toy worlds and tests, where Llama's own may not be given away. Models trained with it need it.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    prompt_words = PROMPT.split("{")[0].split()
+    whole_words = [f"▁{word}" for word in (*prompt_words, *words)]  # ▁ is the blank in front of a word
+    whole_words.append("Out:")  # follows a newline, not a blank
+    letters = [chr(code) for code in range(33, 127)]
+    texts = list(dict.fromkeys(whole_words + letters))  # each of them once, in this order
+
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *byte_pieces, *texts]
+    pieces += [f"<unused{i}>" for i in range(len(pieces), VOCAB_SIZE)]
+    pieces[BLANK] = "▁"
+
+    model = protobuf.ModelProto()
+    piece_types = protobuf.ModelProto.SentencePiece.Type
+    for i, piece in enumerate(pieces):
+        score = -1.0 if piece in whole_words else -10.0  # a whole word beats its letters
+        model.pieces.add(piece=piece, score=score, type=piece_types.Value(piece_type(i, piece)))
+    model.trainer_spec.MergeFrom(
+        protobuf.TrainerSpec(
+            model_type=protobuf.TrainerSpec.UNIGRAM,
+            vocab_size=VOCAB_SIZE,
+            byte_fallback=True,
+            pad_id=-1,  # none: OpenVLA adds <PAD> behind the vocabulary
+        )
+    )
+    model.normalizer_spec.MergeFrom(
+        protobuf.NormalizerSpec(
+            name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            escape_whitespaces=True,
+        )
+    )
+    Path(path).write_bytes(model.SerializeToString())
+
+
+def piece_type(i: int, piece: str) -> str:
+    """Return what sentencepiece calls the kind of piece number i in Llama-2's layout."""
+    if i == UNK:
+        return "UNKNOWN"
+    if i <= EOS:
+        return "CONTROL"  # <s> and </s>
+    if i <= EOS + 256:
+        return "BYTE"
+    if piece.startswith("<unused"):
+        return "UNUSED"
+    return "NORMAL"
 
 
 # -----------------------------------------------------------------------------
@@ -148,52 +234,25 @@ def pad_sequences(sequences: list, value: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def encode_action(action):
-    """Normalized action of any shape, array or tensor -> ids, int64. Values beyond [-1, 1] are clipped."""
+    """Return the ids, int64, of a normalized action of any shape, array or tensor. Beyond [-1, 1] it is clipped."""
     if isinstance(action, torch.Tensor):
         edges = torch.as_tensor(EDGES, device=action.device)
-        return VOCAB_SIZE - torch.bucketize(action.double().clamp(-1, 1), edges, right=True)
-    return VOCAB_SIZE - np.digitize(np.clip(np.asarray(action, np.float64), -1, 1), EDGES).astype(np.int64)
+        bins = torch.bucketize(action.double().clamp(-1, 1), edges, right=True)  # 1 ... 256
+        return VOCAB_SIZE - bins
+    action = np.clip(np.asarray(action, np.float64), -1, 1)
+    bins = np.digitize(action, EDGES).astype(np.int64)  # 1 ... 256
+    return VOCAB_SIZE - bins
 
 
 def decode_action(ids):
-    """Ids -> centres of their bins, float64, in [-1, 1]. Other ids fall on the nearer end, as officially."""
+    """Return the centers of the bins of ids, float64, in [-1, 1]. As officially, other ids go to the nearer end."""
     if isinstance(ids, torch.Tensor):
-        return torch.as_tensor(CENTERS, device=ids.device)[(VOCAB_SIZE - ids - 1).clamp(0, NUM_BINS - 2)]
-    return CENTERS[np.clip(VOCAB_SIZE - np.asarray(ids) - 1, 0, NUM_BINS - 2)]
+        centers = torch.as_tensor(CENTERS, device=ids.device)
+        return centers[(VOCAB_SIZE - ids - 1).clamp(0, NUM_BINS - 2)]
+    bins = VOCAB_SIZE - np.asarray(ids) - 1
+    return CENTERS[np.clip(bins, 0, NUM_BINS - 2)]
 
 
 def is_action_id(ids):
-    """True where an id is one of the 256 that encode an action."""
+    """Return True where an id is one of the 256 that encode an action."""
     return (ids >= VOCAB_SIZE - NUM_BINS) & (ids < VOCAB_SIZE)
-
-
-SCHEMES = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}  # which statistics become -1 and 1
-SCHEME = "bounds_q99"  # of all but ALOHA
-
-
-def normalize(x: np.ndarray, stats: dict, scheme: str = SCHEME) -> np.ndarray:
-    """
-    Robot units -> [-1, 1], clipped, where stats["mask"] is true (absent: everywhere); unchanged elsewhere; 0 in a
-    dimension that never changes. Scheme "normal": (x - mean) / std instead, never clipped. x (..., A), float32.
-    """
-    x, mask = np.asarray(x, np.float32), action_mask(stats)
-    if scheme == "normal":
-        mean, std = np.asarray(stats["mean"], np.float32), np.asarray(stats["std"], np.float32)
-        return np.where(mask, (x - mean) / (std + np.float32(1e-8)), x)
-    low, high = (np.asarray(stats[k]) for k in SCHEMES[scheme])
-    span = (high - low + 1e-8).astype(np.float32)  # in float64, unlike the rest: so the official arithmetic has it
-    y = np.where(mask, np.clip(2 * (x - low.astype(np.float32)) / span - 1, -1, 1), x)
-    if "min" not in stats or "max" not in stats:  # only the figures that are needed to act
-        return y
-    return np.where(np.asarray(stats["min"]) == np.asarray(stats["max"]), np.float32(0), y)
-
-
-def unnormalize(y: np.ndarray, stats: dict, scheme: str = SCHEME) -> np.ndarray:
-    """[-1, 1] -> robot units (..., A), float64; dimensions outside stats["mask"] (the gripper) stay as they are."""
-    y, (low, high) = np.asarray(y, np.float64), (np.asarray(stats[k], np.float64) for k in SCHEMES[scheme])
-    return np.where(action_mask(stats), 0.5 * (y + 1) * (high - low) + low, y)
-
-
-def action_mask(stats: dict) -> np.ndarray:
-    """Which dimensions are normalized (A,), bool."""
-    return np.asarray(stats.get("mask", np.ones(len(stats["q01"]))), bool)

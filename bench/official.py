@@ -1,10 +1,12 @@
 """
-The official classes, timed by bench.py: a process in their own virtual environment (transformers 4.40.1, timm 0.9.10).
+Time the official classes: a process in their own virtual environment (transformers 4.40.1, timm 0.9.10), which
+`python -m bench infer --vs official` starts. So this file imports nothing of this project.
 
-    PYTHON bench_official.py CODE CHECKPOINT INPUTS.npz DTYPE DEVICE
+    PYTHON bench/official.py CODE CHECKPOINT INPUTS.npz DTYPE DEVICE
 
-CODE: a checkout of github.com/openvla/openvla. It answers each line of stdin, the number of an input, with one line of
-JSON: the seconds of OpenVLAForActionPrediction.predict_action, and its tokens.
+CODE is a checkout of github.com/openvla/openvla. The process says {"ready": true}; after that it answers each line of
+stdin, the number of an input, with one line of JSON: the seconds of OpenVLAForActionPrediction.predict_action, and its
+tokens.
 """
 
 import importlib.machinery
@@ -17,6 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+NUM_TOKENS = 7  # of an action
+
+
+# -----------------------------------------------------------------------------
+# A stand-in for torchvision. timm imports it to read images, which nobody does here; so an empty one will do where
+# none is installed that fits this PyTorch.
+
 
 class Anything(type):
     """A class whose attributes are classes like it."""
@@ -27,67 +36,109 @@ class Anything(type):
         return Anything(name, (), {})
 
 
+def attribute(name: str):
+    """Return any attribute of a module of the stand-in."""
+    return Anything.__getattr__(Anything, name)
+
+
 class Standin:
-    """timm imports torchvision, for pictures that are not read here; without it, an empty one does."""
+    """Python asks it for each module that is imported; it makes those of torchvision."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "torchvision":
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
 
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
-        module.__path__, module.__getattr__ = [], lambda name: Anything.__getattr__(Anything, name)
+        module.__path__ = []
+        module.__getattr__ = attribute
         return module
 
     def exec_module(self, module):
         pass
 
 
-def main(code: str, checkpoint: str, inputs: str, dtype: str, device: str):
+def use_standin_if_needed():
+    """Import torchvision, or put the stand-in into its place."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):
         sys.modules.pop("torchvision", None)
         sys.meta_path.insert(0, Standin())
+
+
+# -----------------------------------------------------------------------------
+# The official model
+
+
+def load(code: str, checkpoint: str, dtype: torch.dtype, device: str):
+    """Return the official model, which keeps what it generated last in `generated`, and an unnorm_key of it."""
+    use_standin_if_needed()
     sys.path.insert(0, str(Path(code, "prismatic", "extern")))  # so that the rest of `prismatic` is not imported
     from hf import modeling_prismatic
     from hf.configuration_prismatic import OpenVLAConfig
 
+    class RecordingModel(modeling_prismatic.OpenVLAForActionPrediction):
+        """predict_action returns the action only; the comparison needs its tokens, too."""
+
+        def generate(self, *args, **kwargs):
+            self.generated = super().generate(*args, **kwargs)
+            return self.generated
+
     sizes = json.loads(Path(checkpoint, "config.json").read_text()).get("vision_configs", [])
-    create, made = modeling_prismatic.timm.create_model, []
-
-    def create_of_our_size(name, **options):
-        if sizes:
-            v = sizes[len(made) % len(sizes)]
-            made.append(name)
-            options |= {k: v[k] for k in ("img_size", "embed_dim", "depth", "num_heads")}
-            options["mlp_ratio"] = v["mlp_dim"] / v["embed_dim"]
-        return create(name, **options)
-
-    modeling_prismatic.timm.create_model = create_of_our_size
+    if sizes:
+        modeling_prismatic.timm = TimmOfOtherSizes(modeling_prismatic.timm, sizes)
     config = OpenVLAConfig.from_pretrained(checkpoint)
-    options = dict(torch_dtype=getattr(torch, dtype), attn_implementation="sdpa", low_cpu_mem_usage=not sizes)
-    model = (
-        modeling_prismatic.OpenVLAForActionPrediction.from_pretrained(checkpoint, config=config, **options)
-        .to(device)
-        .eval()
+    model = RecordingModel.from_pretrained(
+        checkpoint, config=config, torch_dtype=dtype, attn_implementation="sdpa", low_cpu_mem_usage=not sizes
     )
-    stored = np.load(inputs)
-    key = next(iter(config.norm_stats))
-    written = []
-    generate = model.generate
-    model.generate = lambda *args, **kwargs: written.append(generate(*args, **kwargs)) or written[-1]
+    unnorm_key = next(iter(config.norm_stats))
+    return model.to(device).eval(), unnorm_key
+
+
+class TimmOfOtherSizes:
+    """
+    timm, but its vision encoders have the sizes that config.json gives. The official code knows the released sizes
+    only, and offers no other way in.
+    """
+
+    def __init__(self, timm, sizes: list[dict]):
+        self.timm = timm
+        self.sizes = sizes
+        self.num_created = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.timm, name)
+
+    def create_model(self, name: str, **options):
+        sizes = self.sizes[self.num_created % len(self.sizes)]
+        self.num_created += 1
+        for key in ("img_size", "embed_dim", "depth", "num_heads"):
+            options[key] = sizes[key]
+        options["mlp_ratio"] = sizes["mlp_dim"] / sizes["embed_dim"]
+        return self.timm.create_model(name, **options)
+
+
+def main(code: str, checkpoint: str, inputs: str, dtype: str, device: str):
+    torch_dtype = getattr(torch, dtype)
+    model, unnorm_key = load(code, checkpoint, torch_dtype, device)
+    arrays = np.load(inputs)
     print(json.dumps({"ready": True}), flush=True)
+
     for line in sys.stdin:
-        i = int(line)
-        ids = torch.from_numpy(stored[f"ids{i}"])[None].to(device)
-        pixel_values = torch.from_numpy(stored[f"pixels{i}"])[None].to(device, getattr(torch, dtype))
+        number = int(line)
+        input_ids = torch.from_numpy(arrays[f"ids{number}"])[None].to(device)
+        pixel_values = torch.from_numpy(arrays[f"pixels{number}"])[None].to(device, torch_dtype)
+
         start = time.perf_counter()
-        model.predict_action(ids, key, pixel_values=pixel_values, do_sample=False)
-        if device == "cuda":
+        model.predict_action(input_ids, unnorm_key, pixel_values=pixel_values, do_sample=False)
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        print(json.dumps(dict(seconds=seconds, tokens=written.pop()[0, -7:].tolist())), flush=True)
+
+        tokens = model.generated[0, -NUM_TOKENS:].tolist()
+        print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-What `bench.py serve` does: many clients ask serve.py at once, each with a picture and words of its own, and see whether
-the answer is theirs; once with batches, once with one request at a time.
+`python -m bench serve`: many clients ask robots/serve.py at once, each with an image and an instruction of its own, and
+check that the answer is theirs. Once with batches, once with one request at a time.
 """
 
 import json
@@ -9,73 +9,158 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-import sample
 from bench.common import Config, report
+from policy import load_policy, predict_action
 from robots.serve import decode_array, encode_array
 from toy import world as toy
 
-BATCHES = dict(batched=16, one_by_one=1)
+MAX_BATCH = {"batched": 16, "one_by_one": 1}  # name of a measurement -> requests in one pass of the server
 
 
-def serve(cfg: Config):
+def bench_serve(cfg: Config):
+    """Measure a server of a toy policy, and print how many answers it gave, and after how long."""
+    check_requests()
+    images, instructions = toy_requests(cfg.clients)
+    bodies = []  # of the requests, one for each client
+    for image, instruction in zip(images, instructions, strict=True):
+        bodies.append(json.dumps({"image": encode_array(image), "instruction": instruction}))
+
+    policy = load_policy(cfg.checkpoint, getattr(torch, cfg.dtype))
+    expected = []  # actions (A,)
+    for image, instruction in zip(images, instructions, strict=True):
+        (action,) = predict_action(policy, [image], [instruction], cfg.unnorm_key)
+        expected.append(action)
+
+    rows = {"checkpoint": cfg.checkpoint, "clients": cfg.clients, "seconds": cfg.seconds}
+    for name, max_batch in MAX_BATCH.items():
+        with running_server(cfg, max_batch) as url:
+            clients = run_clients(url, bodies, expected, cfg.seconds)
+        for key, value in summarize(clients, cfg.seconds).items():
+            rows[f"{name}_{key}"] = value
+    report(rows)
+
+
+def check_requests():
+    """Raise ValueError if the package that clients ask with is not installed."""
+    try:
+        import requests  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; pip install -r requirements-serve.txt") from None
+
+
+def toy_requests(n: int) -> tuple[list[np.ndarray], list[str]]:
+    """Return images and instructions of n different scenes."""
+    images = []
+    instructions = []
+    for i in range(n):
+        scene = toy.make_scene(toy.TEST, i, toy.STANDARD)
+        images.append(toy.draw(scene, toy.STANDARD))
+        instructions.append(scene.instruction(scene.named))
+    return images, instructions
+
+
+# -----------------------------------------------------------------------------
+# The server
+
+
+@contextmanager
+def running_server(cfg: Config, max_batch: int) -> Iterator[str]:
+    """Run a server in a process of its own while the block runs. Gives its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "robots.serve"]
+    command += ["--checkpoint", cfg.checkpoint, "--unnorm_key", cfg.unnorm_key, "--dtype", cfg.dtype]
+    command += ["--port", str(port), "--max_batch", str(max_batch), "--queue", str(2 * cfg.clients)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_it_answers(process, url)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_until_it_answers(process: subprocess.Popen, url: str):
+    """Return when the server answers. Raises ValueError if it ends."""
     import requests
 
-    policy = sample.load(cfg.checkpoint, getattr(torch, cfg.dtype))
-    scenes = [toy.make_scene(toy.TEST, i, toy.World()) for i in range(cfg.clients)]
-    pictures = [toy.draw(scene, toy.World()) for scene in scenes]
-    words = [scene.phrase.format(scene.names[scene.named]) for scene in scenes]
-    wanted = [sample.predict_action(policy, [p], [w], cfg.unnorm_key)[0] for p, w in zip(pictures, words, strict=True)]
-    bodies = []
-    for picture, text in zip(pictures, words, strict=True):
-        bodies.append(json.dumps(dict(image=encode_array(picture), instruction=text)))
-    rows = dict(checkpoint=cfg.checkpoint, clients=cfg.clients, seconds=cfg.seconds)
-    for name, max_batch in BATCHES.items():
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        argv = ["--checkpoint", cfg.checkpoint, "--port", port, "--max_batch", max_batch, "--queue", 2 * cfg.clients]
-        argv += ["--unnorm_key", cfg.unnorm_key, "--dtype", cfg.dtype]
-        script = Path(__file__).with_name("serve.py")
-        server = subprocess.Popen([sys.executable, str(script), *map(str, argv)], stderr=subprocess.DEVNULL)
-        url, took, wrong = f"http://127.0.0.1:{port}", [], []
+    while True:
         try:
-            while True:
-                try:
-                    requests.get(f"{url}/health", timeout=5)
-                    break
-                except requests.ConnectionError:
-                    if server.poll() is not None:
-                        raise ValueError("serve.py ended; start it by hand to see why") from None
-                    time.sleep(0.2)
-            end = time.perf_counter() + cfg.seconds
+            requests.get(f"{url}/health", timeout=5)
+            return
+        except requests.ConnectionError:
+            if process.poll() is not None:
+                raise ValueError("the server ended; run `python -m robots.serve` by hand to see why") from None
+            time.sleep(0.2)
 
-            def client(i: int):
-                session = requests.Session()
-                while time.perf_counter() < end:  # noqa: B023
-                    start = time.perf_counter()
-                    try:
-                        answer = session.post(f"{url}/act", data=bodies[i], timeout=60)  # noqa: B023
-                        assert np.abs(decode_array(answer.json()) - wanted[i]).max() < 1e-6
-                        took.append(time.perf_counter() - start)  # noqa: B023
-                    except Exception as error:  # refused, lost, or another's
-                        wrong.append(error)  # noqa: B023
 
-            threads = [threading.Thread(target=client, args=(i,)) for i in range(cfg.clients)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            server.terminate()
-            server.wait(30)
-        p50, p99 = (1e3 * np.quantile(took, (0.5, 0.99))).tolist()
-        result = dict(
-            answers=len(took), wrong_or_lost=len(wrong), per_s=len(took) / cfg.seconds, p50_ms=p50, p99_ms=p99
-        )
-        rows |= {f"{name}_{k}": v for k, v in result.items()}
-    report(rows)
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# -----------------------------------------------------------------------------
+# The clients
+
+
+class Client(threading.Thread):
+    """One robot: it asks, waits for the answer and asks again, until `end`."""
+
+    def __init__(self, url: str, body: str, expected: np.ndarray, end: float):
+        super().__init__()
+        self.url = url
+        self.body = body
+        self.expected = expected
+        self.end = end
+        self.seconds = []  # of each right answer
+        self.num_failures = 0  # refused, lost, or the answer to another client
+
+    def run(self):
+        import requests
+
+        session = requests.Session()
+        while time.perf_counter() < self.end:
+            start = time.perf_counter()
+            try:
+                answer = session.post(f"{self.url}/act", data=self.body, timeout=60)
+                action = decode_array(answer.json())
+                is_right = np.abs(action - self.expected).max() < 1e-6
+            except Exception:
+                is_right = False
+            if is_right:
+                self.seconds.append(time.perf_counter() - start)
+            else:
+                self.num_failures += 1
+
+
+def run_clients(url: str, bodies: list[str], expected: list[np.ndarray], seconds: float) -> list[Client]:
+    """Run a client for each body for some seconds, and return them when all have ended."""
+    end = time.perf_counter() + seconds
+    clients = [Client(url, body, action, end) for body, action in zip(bodies, expected, strict=True)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    return clients
+
+
+def summarize(clients: list[Client], seconds: float) -> dict:
+    """Return the numbers of answers and failures, and how long answers took."""
+    answer_seconds = [seconds for client in clients for seconds in client.seconds]
+    if not answer_seconds:
+        raise ValueError("no client got its answer; run `python -m robots.serve` by hand to see why")
+    median, slow = np.quantile(answer_seconds, (0.5, 0.99))
+    return {
+        "answers": len(answer_seconds),
+        "wrong_or_lost": sum(client.num_failures for client in clients),
+        "per_s": len(answer_seconds) / seconds,
+        "p50_ms": 1e3 * float(median),
+        "p99_ms": 1e3 * float(slow),
+    }

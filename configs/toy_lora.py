@@ -1,15 +1,12 @@
 """
-The toy world's model learns a changed world: other colours, a turned camera, a gripper that works the other way round.
-Two minutes on two CPU cores, and as long again for all weights, to compare. Needs `python train.py` first.
+The toy world's model learns a changed world with LoRA: other colours, a turned camera, a gripper that closes at 1.
 
-    python finetune_lora.py            (which is python finetune_lora.py --config toy_lora.py)
+    python finetune_lora.py --config toy_lora.py
+
+Needs the model of quickstart.py. `python -m toy.transfer` makes the data, runs this and configs/toy_full.py, and
+compares. Two minutes on two CPU cores.
 """
 
-from formats import oxe
-
-oxe.DATASETS["toy_changed"] = oxe.Dataset(primary="image", state=("state",))
-
-toy_episodes = 1000
 data_root_dir = "runs/toy_lora/data"
 data_mix = "toy_changed"
 run_dir = "runs/toy_lora"
@@ -19,6 +16,7 @@ lora_rank = 16
 batch_size = 24
 micro_batch_size = 24
 lr = 2e-3
+weight_decay = 0.01
 schedule = "cosine"
 warmup_steps = 30
 beta2 = 0.95

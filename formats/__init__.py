@@ -1,1 +1,1 @@
-"""How robot data is stored: Open X-Embodiment's table, RLDS, LeRobot."""
+"""How others store data: Open X-Embodiment's table, RLDS, LeRobot, training runs of the official code."""

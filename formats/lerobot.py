@@ -1,182 +1,390 @@
 """
-A LeRobot folder (v2.0, v2.1, v3.0) -> frames by number, for `data_mix` of a config; needs `pip install pyarrow av`.
+A LeRobot folder (v2.0, v2.1, v3.0) -> frames by number, for `data_mix` of a config. Needs `pip install pyarrow av`.
 
     from formats.lerobot import LeRobot
     data_mix = [(LeRobot("~/data/my_robot", camera="observation.images.front"), 1.0)]
 
-v2 has a parquet file of numbers and an mp4 file per episode; v3 joins many episodes into one and says in meta/episodes
-where each begins. Numbers are read once, into memory (about 100 bytes a frame); a picture when it is asked for, by
-decoding from the key frame before it. Pictures inside parquet are read a file at a time: better make videos of them.
-The format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3 (here, `import lerobot` is this file, not theirs).
+    folder/meta      -> read_info, read_episodes, read_tasks: where the files of each episode are
+    folder/data      -> read_numbers: actions, states, times; read once, into memory (about 100 bytes a frame)
+    folder/videos    -> read_frame: one image, when it is asked for
 
-Axes: N all frames, T steps of an episode, K steps of an action chunk, A action dimensions, P state dimensions.
+v2 has a parquet file of numbers and an mp4 file for each episode. v3 joins many episodes into one file, and says in
+meta/episodes where each begins. A frame of a video is decoded from the key frame before it. Images can also be inside
+the parquet files. These are read a whole file at a time, so better make videos of them.
+The format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3.
+
+Axes: N frames of all episodes, T steps of an episode, K steps of an action chunk, A action dimensions, P state
+dimensions.
 """
 
 import importlib
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from formats.rlds import HOLD_OUT
+from files import read_json
+from formats.dataset import HOLD_OUT
+from normalize import SCHEME, compute_statistics
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+STATE = "observation.state"
+COLUMNS = ("episode_index", "timestamp", "task_index", "action", STATE)  # of a parquet file in data/
+
+
+def import_package(name: str):
+    """Import a package that only this file needs. Raises ImportError that says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError("a LeRobot folder needs two more packages: pip install pyarrow av") from None
+
+
+# -----------------------------------------------------------------------------
+# meta/: which episodes there are, and where
+
+
+@dataclass
+class Episode:
+    """Where the frames of one episode are."""
+
+    index: int
+    length: int  # T
+    data: Path  # parquet file with the numbers; in v3 also with those of other episodes
+    video: Path | None  # None: the images are inside the parquet file
+    start: float  # seconds from the beginning of the video
+
+
+def read_info(folder: Path) -> dict:
+    """Return the content of meta/info.json. Raises FileNotFoundError, or ValueError for what is not supported."""
+    path = folder / "meta" / "info.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: not a LeRobot dataset, it has no meta/info.json")
+    info = read_json(path)
+    version = info.get("codebase_version")
+    if version not in VERSIONS:
+        raise ValueError(f"{path}: codebase_version is {version}, known are {', '.join(VERSIONS)}")
+    if "action" not in info["features"]:
+        raise ValueError(f"{path}: no feature 'action', it has {', '.join(info['features'])}")
+    return info
+
+
+def choose_camera(folder: Path, info: dict, camera: str | None) -> str:
+    """Return the camera of this name; None: the first one. Raises ValueError with the names that are there."""
+    cameras = [name for name, feature in info["features"].items() if feature["dtype"] in ("image", "video")]
+    if camera is None and cameras:
+        return cameras[0]
+    if camera not in cameras:
+        raise ValueError(
+            f"{folder / 'meta' / 'info.json'}: no camera {camera or ''}, it has {', '.join(cameras) or 'none'}"
+        )
+    return camera
+
+
+def read_episodes(folder: Path, info: dict, camera: str) -> list[Episode]:
+    """Return the episodes in their order. Raises FileNotFoundError for a file that should be there."""
+    meta = folder / "meta"
+    if info["codebase_version"] == "v3.0":
+        tables = sorted(meta.glob("episodes/*/*.parquet"))
+        if not tables:
+            raise FileNotFoundError(f"{meta / 'episodes'}: no parquet file in it; copy the dataset again")
+        rows = [row for table in tables for row in read_rows(table)]
+    else:
+        rows = read_rows(meta / "episodes.jsonl")
+
+    episodes = []
+    for row in sorted(rows, key=itemgetter("episode_index")):
+        files = find_files(folder, info, camera, row)
+        episode = Episode(
+            index=row["episode_index"],
+            length=row["length"],
+            data=files["data"],
+            video=files.get("video"),
+            start=row.get(f"videos/{camera}/from_timestamp", 0.0),  # v2 has a video for each episode
+        )
+        episodes.append(episode)
+    return episodes
+
+
+def find_files(folder: Path, info: dict, camera: str, row: dict) -> dict[str, Path]:
+    """
+    Return the files of one episode: its numbers, "data", and its "video" unless the images are with the numbers. row:
+    what meta/ says about it. Raises FileNotFoundError.
+    """
+    prefixes = {"data": "data"}  # of the row's keys that number the files of v3
+    if info["features"][camera]["dtype"] == "video":
+        prefixes["video"] = f"videos/{camera}"
+
+    index = row["episode_index"]
+    files = {}
+    for kind, prefix in prefixes.items():
+        names = {
+            "video_key": camera,
+            "episode_index": index,
+            "episode_chunk": index // info.get("chunks_size", 1000),
+        }
+        if info["codebase_version"] == "v3.0":
+            names["chunk_index"] = row[f"{prefix}/chunk_index"]
+            names["file_index"] = row[f"{prefix}/file_index"]
+        file = folder / info[f"{kind}_path"].format(**names)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing, but {folder / 'meta'} lists it for episode {index}")
+        files[kind] = file
+    return files
+
+
+def read_tasks(folder: Path, info: dict) -> dict[int, str]:
+    """Return the instructions by their number."""
+    file = "tasks.parquet" if info["codebase_version"] == "v3.0" else "tasks.jsonl"
+    rows = read_rows(folder / "meta" / file)
+    text_key = "task"
+    if text_key not in rows[0]:
+        text_key = "__index_level_0__"  # pandas' name for an index that has none
+    return {row["task_index"]: row[text_key] for row in rows}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a .jsonl or .parquet file of meta/, without the statistics of each episode."""
+    if path.suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    parquet = import_package("pyarrow.parquet")
+    file = parquet.ParquetFile(path)
+    names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
+    return file.read(names).to_pylist()
+
+
+# -----------------------------------------------------------------------------
+# data/: the numbers
+
+
+def read_numbers(episodes: list[Episode], standardize: Callable | None) -> dict[str, np.ndarray]:
+    """
+    Return the columns `action` (N, A) and `state` (N, P) float32, and `task_index`, `timestamp`, `episode_index` and
+    `row`, the row in its file, (N,). Raises ValueError for numbers that are missing or not finite.
+    """
+    parts = []
+    path = None
+    columns = {}
+    for episode in episodes:
+        if episode.data != path:  # in v3 the next episode can be in the same file
+            path = episode.data
+            columns = read_columns(path)
+        part = select_episode(columns, episode, standardize)
+        check_numbers(part, episode)
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """Return the columns of a parquet file, (rows, D) or (rows,). A state of width 0 stands in for a missing one."""
+    parquet = import_package("pyarrow.parquet")
+    file = parquet.ParquetFile(path)
+    num_rows = file.metadata.num_rows
+    columns = {STATE: np.zeros((num_rows, 0)), "row": np.arange(num_rows)}
+    for name in COLUMNS:
+        if name in file.schema_arrow.names:
+            values = file.read([name])[name].to_numpy()
+            columns[name] = np.array(list(values))  # a list of arrays becomes (rows, D)
+
+    missing = sorted(set(COLUMNS) - columns.keys())
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)}")
+    return columns
+
+
+def select_episode(
+    columns: dict[str, np.ndarray], episode: Episode, standardize: Callable | None
+) -> dict[str, np.ndarray]:
+    """Return the rows of one episode, its action (T, A) and its state (T, P) in float32."""
+    is_in_episode = columns["episode_index"] == episode.index
+    part = {name: values[is_in_episode] for name, values in columns.items()}
+    part["action"] = as_matrix(part["action"])
+    part["state"] = as_matrix(part.pop(STATE))
+    if standardize is not None:
+        # Now, and not when a frame is read: a function of a config file cannot be sent to a worker process.
+        part["action"] = np.asarray(standardize(part["action"]), np.float32)
+    return part
+
+
+def as_matrix(values: np.ndarray) -> np.ndarray:
+    """Return (T, D) float32; (T,) becomes (T, 1)."""
+    if values.ndim == 1:
+        values = values[:, None]
+    return values.astype(np.float32)
+
+
+def check_numbers(part: dict[str, np.ndarray], episode: Episode):
+    """Raise ValueError if an episode has not the length that meta/ says, or numbers that are not finite."""
+    num_actions = len(part["action"])
+    if num_actions != episode.length:
+        raise ValueError(f"{episode.data}: episode {episode.index} has {num_actions} actions, not {episode.length}")
+    numbers = np.concatenate([part["action"], part["state"]], axis=1)  # (T, A + P)
+    broken = np.argwhere(~np.isfinite(numbers))
+    if len(broken):
+        raise ValueError(
+            f"{episode.data}: episode {episode.index}: action or state is not finite at step {broken[0][0]}"
+        )
+
+
+# -----------------------------------------------------------------------------
+# videos/: one image
+
+
+@lru_cache(maxsize=2)
+def read_images(path: Path, camera: str):
+    """Return the images inside a parquet file, still encoded: a column of {"bytes", "path"}."""
+    parquet = import_package("pyarrow.parquet")
+    return parquet.ParquetFile(path).read([camera])[camera]
+
+
+def read_frame(path: Path, seconds: float, fps: float) -> np.ndarray:
+    """
+    Return the frame (H, W, 3) uint8 at a time of a video. Raises ValueError for a video that cannot be decoded there,
+    or that has no frame within half a frame of that time.
+    """
+    av = import_package("av")
+    nearest = None
+    try:
+        container = open_video(path, os.getpid())
+        microseconds = int(1e6 * (seconds - 0.5 / fps))
+        container.seek(max(0, microseconds))  # goes to the key frame before that
+        for frame in container.decode(video=0):
+            if nearest is None or abs(frame.time - seconds) < abs(nearest.time - seconds):
+                nearest = frame
+            if frame.time > seconds - 1e-4:  # timestamps are rounded
+                break
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: at {seconds:.4f} s: {error}") from None
+
+    if nearest is None:
+        raise ValueError(f"{path}: no frame at {seconds:.4f} s, and none could be decoded near it")
+    if abs(nearest.time - seconds) > 0.5 / fps:
+        raise ValueError(f"{path}: no frame at {seconds:.4f} s, the nearest is at {nearest.time} s")
+    return nearest.to_ndarray(format="rgb24")
+
+
+@lru_cache(maxsize=16)
+def open_video(path: Path, process: int):
+    """Return an open video. Each process has its own: a forked one would share its place in the file with the other."""
+    av = import_package("av")
+    container = av.open(str(path))
+    container.streams.video[0].codec_context.thread_count = 1  # the data loader has worker processes already
+    return container
+
+
+# -----------------------------------------------------------------------------
+# Frames by number
 
 
 class LeRobot(Dataset):
     """
-    One split of a LeRobot folder: [i] -> dict of `pictures` [(H, W, 3) uint8 array, encoded bytes or path], `actions`
-    (up to K, A) float32 from this step to the end of its episode, `instruction` str, `proprio` (P,) float32.
+    One split of a LeRobot folder, see formats/dataset.py. Frame [i] has the picture of one camera: (H, W, 3) uint8,
+    encoded bytes or a path.
 
-    split: "train", or "val" for the last episodes (rlds.HOLD_OUT). camera: a feature of the data, default the first.
-    standardize: (T, A) -> (T, A'), the actions of an episode into your units, gripper last, 1 open and 0 closed.
-    gripper=False: the last dimension is none, so normalise it too. absolute=True: actions are targets (joint angles),
-    not changes; chunks repeat the last. Raises ImportError, FileNotFoundError, ValueError that name what would do.
+    name: under which the statistics are stored; None: the name of the folder.
+    split: "train", or "val" for the last episodes (HOLD_OUT of them).
+    camera: a feature of the data; None: the first one. action_chunk: K.
+    standardize: a function (T, A) -> (T, A') that turns the actions of an episode into your units, the gripper last
+        (1 open, 0 closed).
+    gripper: False if the last dimension is no gripper; then it is normalised like the others.
+    absolute: True if actions are targets, such as joint angles, and not changes; then chunks repeat the last one.
+    Raises ImportError, FileNotFoundError or ValueError that name what would do.
     """
 
-    def __init__(self, folder, name=None, split="train", camera=None, action_chunk=1, standardize=None, gripper=True,
-                 absolute=False):  # fmt: skip
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        split: str = "train",
+        camera: str | None = None,
+        action_chunk: int = 1,
+        standardize: Callable | None = None,
+        gripper: bool = True,
+        absolute: bool = False,
+    ):
         self.folder = Path(folder).expanduser().resolve()
-        self.name, self.action_chunk = name or self.folder.name, action_chunk
-        self.info, self.camera, self.episodes, self.tasks = read_meta(self.folder, camera)
+        self.name = name or self.folder.name
+        self.action_chunk = action_chunk
+        self.scheme = SCHEME
+        self.bad_records = []
+        self.user_code = ()
+
+        # Read all but the images.
+        info = read_info(self.folder)
+        self.fps = info["fps"]
+        self.camera = choose_camera(self.folder, info, camera)
+        self.cameras = (self.camera,)
+        self.episodes = read_episodes(self.folder, info, self.camera)
+        self.tasks = read_tasks(self.folder, info)
         self.table = read_numbers(self.episodes, standardize)
-        lengths = np.array([e["length"] for e in self.episodes])
-        self.episode, self.ends = np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths)  # (N,), (episodes,)
-        cut = int(lengths[: round((1 - HOLD_OUT) * len(lengths))].sum())
-        self.frames = {"train": range(cut), "val": range(cut, len(self.episode))}[split]
-        last, A = self.table["action"][:, -1], self.table["action"].shape[1]
-        if gripper and np.abs(last).max() > 1.1:  # ids would clip it to [-1, 1] without a word
-            found = f"the last action dimension is {last.min():g} ... {last.max():g}, no gripper in [0, 1]"
-            raise ValueError(f"{self.folder}: {found}; scale it with standardize=, or say gripper=False if it is none")
+
+        # Frames of all episodes stand one behind the other; a split is a range of them.
+        lengths = np.array([episode.length for episode in self.episodes])
+        self.ends = np.cumsum(lengths)  # (episodes,)
+        self.episode_of = np.repeat(np.arange(len(lengths)), lengths)  # (N,)
+        num_train_episodes = round((1 - HOLD_OUT) * len(lengths))
+        num_frames = int(lengths.sum())
+        num_train_frames = int(lengths[:num_train_episodes].sum())
+        splits = {"train": range(num_train_frames), "val": range(num_train_frames, num_frames)}
+        self.frames = splits[split]
+
+        # What the numbers mean.
+        A = self.table["action"].shape[1]
+        if gripper:
+            self.check_gripper()
         self.absolute_mask = (absolute,) * (A - 1) + (absolute or gripper,)
-        action = moments(self.table["action"]) | {"mask": [True] * (A - 1) + [not gripper]}
-        self.statistics = dict(action=action, num_transitions=len(last), num_trajectories=len(lengths))
-        self.statistics["proprio"] = moments(self.table["state"])
+        mask = [True] * (A - 1) + [not gripper]
+        self.statistics = {
+            "action": {**compute_statistics([self.table["action"]]), "mask": mask},
+            "num_transitions": num_frames,
+            "num_trajectories": len(lengths),
+            "proprio": compute_statistics([self.table["state"]]),
+        }
+
+    def check_gripper(self):
+        """Raise ValueError if the gripper goes beyond [-1, 1]: its token would be clipped, and nothing would say so."""
+        last = self.table["action"][:, -1]
+        if np.abs(last).max() > 1.1:
+            raise ValueError(
+                f"{self.folder}: the last action dimension is {last.min():g} ... {last.max():g}, no gripper in [0, 1]; "
+                "scale it with standardize=, or say gripper=False if it is none"
+            )
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, i: int) -> dict:
         frame = self.frames[i]
-        e, end = self.episodes[self.episode[frame]], min(frame + self.action_chunk, self.ends[self.episode[frame]])
-        if "video" in e:
-            picture = read_frame(e["video"], e["start"] + float(self.table["timestamp"][frame]), self.info["fps"])
-        else:
-            cell = read_pictures(e["data"], self.camera)[int(self.table["row"][frame])].as_py()
-            picture = cell["bytes"] or self.folder / cell["path"]
-        actions, proprio = self.table["action"][frame:end].copy(), self.table["state"][frame].copy()
-        return dict(pictures=[picture], actions=actions, instruction=self.instruction(i), proprio=proprio)
+        end = min(frame + self.action_chunk, self.ends[self.episode_of[frame]])
+        return {
+            "pictures": [self.read_image(frame)],
+            "actions": self.table["action"][frame:end].copy(),
+            "instruction": self.instruction(i),
+            "proprio": self.table["state"][frame].copy(),
+        }
+
+    def read_image(self, frame: int) -> np.ndarray | bytes | Path:
+        """Return the image of a frame of the table, as it is stored."""
+        episode = self.episodes[self.episode_of[frame]]
+        if episode.video is not None:
+            seconds = episode.start + float(self.table["timestamp"][frame])
+            return read_frame(episode.video, seconds, self.fps)
+        cells = read_images(episode.data, self.camera)
+        cell = cells[int(self.table["row"][frame])].as_py()
+        return cell["bytes"] or self.folder / cell["path"]
 
     def instruction(self, i: int) -> str:
-        """Of frame i, without reading its picture."""
+        """Return the instruction of frame i, without reading its image."""
         return self.tasks[self.table["task_index"][self.frames[i]]]
 
-    def open(self) -> dict:
-        """As of rlds.RLDS, for look.py: `action` (N, A), `frames` (N, 1) episode numbers, `usable` frames (n,)."""
-        return dict(action=self.table["action"], frames=self.episode[:, None], usable=np.array(self.frames))
-
-
-def moments(x: np.ndarray) -> dict:
-    """(N, D) -> what dataset_statistics.json holds for it, lists of D numbers; over all splits, as in rlds.py."""
-    low, q01, q99, high = np.quantile(x.astype(np.float64), (0, 0.01, 0.99, 1), axis=0).tolist()
-    mean, std = x.mean(0, np.float64).tolist(), x.std(0, np.float64).tolist()
-    return dict(mean=mean, std=std, max=high, min=low, q01=q01, q99=q99)
-
-
-def read_meta(folder: Path, camera: str | None) -> tuple[dict, str, list[dict], dict[int, str]]:
-    """info.json; the camera; per episode `index`, `length`, parquet file `data`, `video`, its `start` there; tasks."""
-    path = folder / "meta" / "info.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: not a LeRobot dataset, it has no meta/info.json")
-    info = json.loads(path.read_text(encoding="utf-8"))
-    if info.get("codebase_version") not in (known := ("v2.0", "v2.1", "v3.0")):
-        raise ValueError(f"{path}: codebase_version is {info.get('codebase_version')}, known are {', '.join(known)}")
-    if "action" not in info["features"]:
-        raise ValueError(f"{path}: no feature 'action', it has {', '.join(info['features'])}")
-    cameras = [key for key, f in info["features"].items() if f["dtype"] in ("image", "video")]
-    if not cameras or camera not in [None, *cameras]:
-        raise ValueError(f"{path}: no camera {camera or ''}, it has {', '.join(cameras) or 'none'}")
-    camera, v3, episodes = camera or cameras[0], info["codebase_version"] == "v3.0", []
-    lists = sorted(path.parent.glob("episodes/*/*.parquet")) or [path.parent / f"episodes{'' if v3 else '.jsonl'}"]
-    places = [("data", "data"), ("video", f"videos/{camera}")][: 1 + (info["features"][camera]["dtype"] == "video")]
-    for row in sorted((row for file in lists for row in read_rows(file)), key=lambda row: row["episode_index"]):
-        index, start = row["episode_index"], row.get(f"videos/{camera}/from_timestamp", 0.0)  # in v2 always 0
-        episodes.append(dict(index=index, length=row["length"], start=start))
-        names = dict(video_key=camera, episode_index=index, episode_chunk=index // info.get("chunks_size", 1000))
-        for kind, prefix in places:
-            names |= {key: row[f"{prefix}/{key}"] for key in ("chunk_index", "file_index") if v3}
-            episodes[-1][kind] = file = folder / info[f"{kind}_path"].format(**names)
-            if not file.is_file():
-                raise FileNotFoundError(f"{file}: missing, but {path.parent} lists it for episode {index}")
-    tasks = read_rows(path.parent / ("tasks.parquet" if v3 else "tasks.jsonl"))
-    text = "task" if "task" in tasks[0] else "__index_level_0__"  # pandas' name of an index that has none
-    return info, camera, episodes, {row["task_index"]: row[text] for row in tasks}
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Rows of a .jsonl or .parquet file of meta/, without the statistics of each episode."""
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    file = need("pyarrow.parquet").ParquetFile(path)
-    return file.read([name for name in file.schema_arrow.names if not name.startswith("stats/")]).to_pylist()
-
-
-def read_numbers(episodes: list[dict], standardize) -> dict[str, np.ndarray]:
-    """The columns action (N, A) and state (N, P) float32; task_index, timestamp, row of its file (N,). ValueError."""
-    wanted = {"episode_index", "timestamp", "task_index", "action", "observation.state"}
-    parts, path, t = [], None, {}
-    for e in episodes:
-        if e["data"] != path:  # in v3 the next episode is in the same file
-            path, file = e["data"], need("pyarrow.parquet").ParquetFile(e["data"])
-            t = {"observation.state": np.zeros((n := file.metadata.num_rows, 0)), "row": np.arange(n)}
-            for name in wanted & set(file.schema_arrow.names):
-                t[name] = np.array(list(file.read([name])[name].to_numpy()))  # lists become (rows, D)
-            if missing := wanted - t.keys():
-                raise ValueError(f"{path}: no column {', '.join(sorted(missing))}")
-        part = {name: x[t["episode_index"] == e["index"]] for name, x in t.items()}
-        part |= {name: np.column_stack([part[name]]).astype(np.float32) for name in ("action", "observation.state")}
-        if standardize is not None:  # here, and not kept: a function of a config file cannot go to a worker
-            part["action"] = np.asarray(standardize(part["action"]), np.float32)
-        if len(part["action"]) != e["length"]:
-            raise ValueError(f"{path}: episode {e['index']} has {len(part['action'])} actions, not {e['length']}")
-        if bad := np.argwhere(~np.isfinite(np.hstack([part["action"], part["observation.state"]]))).tolist():
-            raise ValueError(f"{path}: episode {e['index']}: action or state is not finite at step {bad[0][0]}")
-        parts.append(part)
-    return {name.removeprefix("observation."): np.concatenate([part[name] for part in parts]) for name in t}
-
-
-@lru_cache(maxsize=2)
-def read_pictures(path: Path, camera: str):
-    """The pictures inside a parquet file, still encoded: per row `bytes` or `path`."""
-    return need("pyarrow.parquet").ParquetFile(path).read([camera])[camera]
-
-
-def read_frame(path: Path, seconds: float, fps: float) -> np.ndarray:
-    """The frame (H, W, 3) uint8 at a time of a video. Raises ValueError if none is within half a frame of it."""
-    try:
-        container, best = open_video(path, os.getpid()), None
-        container.seek(max(0, int(1e6 * (seconds - 0.5 / fps))))  # microseconds; goes to the key frame before it
-        for frame in container.decode(video=0):
-            best = min((f for f in (best, frame) if f), key=lambda f: abs(f.time - seconds))
-            if frame.time > seconds - 1e-4:  # timestamps are rounded
-                break
-    except need("av").FFmpegError as error:
-        raise ValueError(f"{path}: at {seconds:.4f} s: {error}") from None
-    if best is None or abs(best.time - seconds) > 0.5 / fps:
-        raise ValueError(f"{path}: no frame at {seconds:.4f} s, the nearest is at {best and best.time} s")
-    return best.to_ndarray(format="rgb24")
-
-
-@lru_cache(maxsize=16)
-def open_video(path: Path, process: int):  # of this process alone: a forked one would share its place in the file
-    container = need("av").open(str(path))
-    container.streams.video[0].codec_context.thread_count = 1  # there are workers already
-    return container
-
-
-def need(package: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ImportError("a LeRobot folder needs two more packages: pip install pyarrow av") from None
+    def all_actions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first action of every frame (n, A), and the episode of every frame (n,)."""
+        frames = np.array(self.frames, int)
+        return self.table["action"][frames], self.episode_of[frames]

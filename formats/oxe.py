@@ -1,26 +1,35 @@
-"""Open X-Embodiment (OXE): which robot data sets exist, how each one is laid out, and how to unify them.
+"""
+Open X-Embodiment (OXE): which robot datasets exist, how each one is laid out, and how to unify them.
 
-Every data set stores robot data in its own way: other camera names, grippers that open at 0, at 1 or by relative
+Every dataset stores robot data in its own way: other camera names, grippers that open at 0, at 1 or by relative
 commands, rotations as quaternions, instructions as code points. This file is the lookup table that turns any of them
-into one form. Top to bottom: gripper and rotation arithmetic, one function per raw layout, the table DATASETS, the
-table MIXTURES (data sets with sampling weights), and the functions other files call: lookup, mixture, standardize. It
-needs only numpy and reads no files; data.py reads the records.
+into one form. It needs only numpy and reads no files; rlds.py reads the records. From top to bottom:
+
+    arithmetic of grippers and rotations
+    one standardise function for each raw layout
+    DATASETS, the table of datasets, and MIXTURES, the table of mixtures with their sampling weights
+    what other files call: lookup, mixture, standardize
 
     trajectory = {"observation": {"state": ..., "image_0": ...}, "action": ..., "language_instruction": ...}
     out = oxe.standardize("bridge_orig", trajectory)   # a new dict; out["action"] is (T - 2, 7)
     row = oxe.lookup("bridge_orig")                    # row.images["primary"] == "image_0", row.action_dim == 7
 
-A trajectory is a nested dict of numpy arrays, each with leading axis T (steps). After standardising,
+A trajectory is a nested dict of numpy arrays, each with leading axis T (steps). After standardising it has
+
     action                (T, action_dim); for EEF_POS: dx dy dz, droll dpitch dyaw, gripper (1 = open, 0 = closed).
-                          Motion is meant in metres and radians per step, but is passed on as recorded: some data sets
-                          hold velocities or unit-free commands. Normalisation (data.py) evens that out.
+                          Motion is meant in metres and radians per step, but is passed on as recorded: some datasets
+                          hold velocities or unit-free commands. Normalisation (normalize.py) evens that out.
     language_instruction  (T,) bytes, empty where a step has no instruction.
     observation           everything that was there, plus the state columns named by the row.
+
 Arrays that need no change are shared with the input, so treat the output as read-only. The input is never modified.
 
-Your own data set, in a config file (give `standardize=` a function if your actions need conversion):
+Your own dataset, in a config file (give `standardize=` a function if your actions need conversion):
 
-    oxe.DATASETS["my_robot"] = oxe.Dataset(primary="front_camera", wrist="wrist_camera", state=("joints",))
+    from formats import oxe
+
+    row = oxe.Dataset(name="my_robot", primary="front_camera", wrist="wrist_camera", state=("joints",))
+    data_mix = [(row, 1.0)]                            # reads DIR/my_robot/1.0.0, see --data_root_dir
 
 Open X-Embodiment: https://arxiv.org/abs/2310.08864, OpenVLA: https://arxiv.org/abs/2406.09246, OpenVLA-OFT:
 https://arxiv.org/abs/2502.19645. The figures and rules follow prismatic/vla/datasets/rlds/ (oxe/transforms.py,
@@ -39,7 +48,8 @@ import numpy as np
 Trajectory = dict[str, Any]
 
 
-# === Dict and column helpers
+# -----------------------------------------------------------------------------
+# Dicts and columns
 
 
 def updated(trajectory: Trajectory, action=None, language=None, observation: dict | None = None) -> Trajectory:
@@ -68,15 +78,18 @@ def zeros(array: np.ndarray, n: int) -> np.ndarray:
 
 
 def key_list(tree: dict, prefix: str = "") -> list[str]:
-    """Paths of all arrays in a nested dict with their shapes, for error messages."""
+    """Return the paths of all arrays in a nested dict with their shapes, for error messages."""
     paths = []
     for key, value in tree.items():
-        is_dict = isinstance(value, dict)
-        paths += key_list(value, f"{prefix}{key} > ") if is_dict else [f"{prefix}{key} {np.shape(value)}"]
+        if isinstance(value, dict):
+            paths.extend(key_list(value, f"{prefix}{key} > "))
+        else:
+            paths.append(f"{prefix}{key} {np.shape(value)}")
     return paths
 
 
-# === Grippers: everything becomes absolute, 1 = open, 0 = closed. Official: utils/data_utils.py
+# -----------------------------------------------------------------------------
+# Grippers: everything becomes absolute, 1 = open, 0 = closed. Official: utils/data_utils.py
 
 
 def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
@@ -122,7 +135,8 @@ def open_from_closing(gripper: np.ndarray) -> np.ndarray:
     return invert_gripper(np.clip(gripper, 0, 1))
 
 
-# === Rotations. Euler angles are roll, pitch, yaw about the fixed x, y, z axes: R = Rz(yaw) Ry(pitch) Rx(roll)
+# -----------------------------------------------------------------------------
+# Rotations. Euler angles are roll, pitch, yaw about the fixed x, y, z axes: R = Rz(yaw) Ry(pitch) Rx(roll)
 
 
 def quaternion_to_euler(quaternion: np.ndarray) -> np.ndarray:
@@ -169,14 +183,19 @@ def euler_to_matrix(euler: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-# === Standardise functions: trajectory -> new trajectory, named after the (first) data set that needs them.
-# Official: oxe/transforms.py, one function per data set; here equal ones are shared.
-# Raw shapes are given where they matter: a[n] is an array (T, n), a[] is (T,).
-# fmt: off
+# -----------------------------------------------------------------------------
+# Standardise functions: trajectory -> new trajectory, named after the (first) dataset that needs them.
+# Official: oxe/transforms.py, one function per dataset; here equal ones are shared.
+# `a` is the raw action and `o` the raw observation, where they are dicts. Docstrings give raw shapes where they matter:
+# action[n] is an array (T, n), action[] is (T,).
+# The index of a dataset is known by the source of its function and of all that it uses (rlds.fingerprint). So an edit
+# here, even of a docstring, makes the indices of these datasets anew.
+
 
 def identity(trajectory: Trajectory) -> Trajectory:
     """Already in the common form, or passed on untouched by the official code."""
     return updated(trajectory)
+
 
 def relabel_bridge(trajectory: Trajectory) -> Trajectory:
     """Replace commanded motion by reached motion: the difference of consecutive states, a plain one also for angles.
@@ -188,13 +207,16 @@ def relabel_bridge(trajectory: Trajectory) -> Trajectory:
     reached = state[1:, :6] - state[:-1, :6]
     return updated(cut(trajectory, slice(None, -1)), action=cat(reached, trajectory["action"][:-1, -1:]))
 
+
 def drop_first_step(trajectory: Trajectory) -> Trajectory:
     """Bridge episodes begin with an all-zero action. Metadata keeps its first step, as officially."""
     return {k: v if k == "traj_metadata" else cut(v, slice(1, None)) for k, v in trajectory.items()}
 
+
 def pose_and_gripper(state: np.ndarray, pose_key: str = "EEF_state") -> dict:
     """State columns: pose (T, 6) = first six, gripper (T, 1) = last one."""
     return {pose_key: state[:, :6], "gripper_state": state[:, -1:]}
+
 
 def bridge(trajectory: Trajectory) -> Trajectory:
     """Bridge V2 from its own site: action[7], state[7]; T steps become T - 2 (first and last are dropped)."""
@@ -202,6 +224,7 @@ def bridge(trajectory: Trajectory) -> Trajectory:
     action = trajectory["action"]
     trajectory = relabel_bridge(updated(trajectory, action=cat(action[:, :6], binarize_gripper(action[:, -1]))))
     return updated(trajectory, observation=pose_and_gripper(trajectory["observation"]["state"]))
+
 
 def bridge_oxe(trajectory: Trajectory) -> Trajectory:
     """Bridge V2 as shipped with Open X-Embodiment: action dict with open_gripper[] bool; T becomes T - 2."""
@@ -211,17 +234,20 @@ def bridge_oxe(trajectory: Trajectory) -> Trajectory:
     trajectory = relabel_bridge(updated(trajectory, action, o["natural_language_instruction"]))
     return updated(trajectory, observation=pose_and_gripper(trajectory["observation"]["state"]))
 
+
 def tdroid(trajectory: Trajectory) -> Trajectory:
     """T-DROID and PPGM: action[7], Cartesian pose and gripper position are already separate."""
     a, o = trajectory["action"], trajectory["observation"]
     state = {"EEF_state": o["cartesian_position"][:, :6], "gripper_state": o["gripper_position"][:, -1:]}
     return updated(trajectory, cat(a[:, :6], binarize_gripper(a[:, -1])), observation=state)
 
+
 def rt1(trajectory: Trajectory) -> Trajectory:
     """RT-1, NYU door opening: gripper_closedness_action[1] is a relative command."""
     a, o = trajectory["action"], trajectory["observation"]
     gripper = rel2abs_gripper(a["gripper_closedness_action"][:, 0])
     return updated(trajectory, cat(a["world_vector"], a["rotation_delta"], gripper), o["natural_language_instruction"])
+
 
 def kuka(trajectory: Trajectory) -> Trajectory:
     """QT-Opt Kuka: as RT-1, and two state entries are zlib-compressed float32 bytes, one string per step."""
@@ -230,11 +256,13 @@ def kuka(trajectory: Trajectory) -> Trajectory:
     state = {pose_key: inflate(o[pose_key], 7), "gripper_closed": inflate(o["gripper_closed"], 1)}
     return updated(rt1(trajectory), observation=state)
 
+
 def inflate(strings: np.ndarray, columns: int) -> np.ndarray:
     """Compressed strings (T,) to float32 (T, columns)."""
     # decompressobj does not insist on the final checksum, whose zero bytes numpy strips from fixed-width strings
     data = b"".join(zlib.decompressobj().decompress(bytes(s)) for s in strings)
     return np.frombuffer(data, "<f4").reshape(-1, columns)
+
 
 def taco_play(trajectory: Trajectory) -> Trajectory:
     """TACO play: relative world-frame action[7] among several; the gripper is -1 closed, 1 open."""
@@ -242,6 +270,7 @@ def taco_play(trajectory: Trajectory) -> Trajectory:
     state = {"state_eef": o["robot_obs"][:, :6], "state_gripper": o["robot_obs"][:, 7:8]}
     action = cat(action[:, :6], np.clip(action[:, -1:], 0, 1))
     return updated(trajectory, action, o["natural_language_instruction"], state)
+
 
 def jaco_play(trajectory: Trajectory) -> Trajectory:
     """Jaco play: translation only; relative gripper_closedness_action[1]."""
@@ -252,17 +281,20 @@ def jaco_play(trajectory: Trajectory) -> Trajectory:
     state = {"state_eef": pose[:, :6], "state_gripper": pose[:, -1:]}
     return updated(trajectory, action, o["natural_language_instruction"], state)
 
+
 def cable_routing(trajectory: Trajectory) -> Trajectory:
     """Berkeley cable routing: the gripper never opens, column of zeros."""
     a, o = trajectory["action"], trajectory["observation"]
     action = cat(a["world_vector"], a["rotation_delta"], zeros(a["world_vector"], 1))
     return updated(trajectory, action, o["natural_language_instruction"])
 
+
 def roboturk(trajectory: Trajectory) -> Trajectory:
     """RoboTurk (gripper_closedness_action[1]) and VIOLA (the same as []): absolute, 1 = closed."""
     a, o = trajectory["action"], trajectory["observation"]
     gripper = open_from_closing(a["gripper_closedness_action"])
     return updated(trajectory, cat(a["world_vector"], a["rotation_delta"], gripper), o["natural_language_instruction"])
+
 
 def autolab_ur5(trajectory: Trajectory) -> Trajectory:
     """Berkeley Autolab UR5: relative gripper_closedness_action[]; the depth image is stored as image_with_depth."""
@@ -273,17 +305,20 @@ def autolab_ur5(trajectory: Trajectory) -> Trajectory:
     del trajectory["observation"]["image_with_depth"]
     return trajectory
 
+
 def toto(trajectory: Trajectory) -> Trajectory:
     """TOTO: open_gripper[] bool."""
     a, o = trajectory["action"], trajectory["observation"]
     action = cat(a["world_vector"], a["rotation_delta"], a["open_gripper"].astype(np.float32))
     return updated(trajectory, action, o["natural_language_instruction"])
 
+
 def language_table(trajectory: Trajectory) -> Trajectory:
     """Language Table: action[2] in the plane, no gripper (always "open"), instruction as padded code points [L]."""
     action = trajectory["action"]
     action = cat(action, zeros(action, 4), zeros(action, 1) + 1)
     return updated(trajectory, action, codes_to_text(trajectory["observation"]["instruction"]))
+
 
 def codes_to_text(codes: np.ndarray) -> np.ndarray:
     """Unicode code points (T, L), zero = end, to UTF-8 bytes (T,), dtype object. Invalid codes become U+FFFD."""
@@ -293,10 +328,12 @@ def codes_to_text(codes: np.ndarray) -> np.ndarray:
         text[i] = "".join(chr(code) if is_character(code) else "\ufffd" for code in row).encode("utf-8")
     return text
 
+
 def is_character(code: int) -> bool:
     """False outside of Unicode, for surrogates and for the codes reserved as "never a character"."""
     reserved = 0xD800 <= code <= 0xDFFF or 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
     return 0 < code <= 0x10FFFF and not reserved
+
 
 def pusht(trajectory: Trajectory) -> Trajectory:
     """Columbia PushT: gripper_closedness_action[] passed on as it is."""
@@ -304,39 +341,48 @@ def pusht(trajectory: Trajectory) -> Trajectory:
     action = cat(a["world_vector"], a["rotation_delta"], a["gripper_closedness_action"])
     return updated(trajectory, action, o["natural_language_instruction"])
 
+
 def translation_only(action: np.ndarray) -> np.ndarray:
     """action[n] -> [7]: first three columns, no rotation, last column as gripper."""
     return cat(action[:, :3], zeros(action, 3), action[:, -1:])
+
 
 def kuka_multimodal(trajectory: Trajectory) -> Trajectory:
     """Stanford Kuka multimodal: action[4] without rotation; depth loses its channel axis."""
     depth = trajectory["observation"]["depth_image"][..., 0]
     return updated(trajectory, translation_only(trajectory["action"]), observation={"depth_image": depth})
 
+
 def ucsd_pick_place(trajectory: Trajectory) -> Trajectory:
     """UCSD pick and place: action[4] without rotation; state pose and gripper."""
     return updated(split_state(trajectory), translation_only(trajectory["action"]))
+
 
 def split_state(trajectory: Trajectory) -> Trajectory:
     """Tokyo LSMO, Stanford RoboCook: only the state needs taking apart."""
     return updated(trajectory, observation=pose_and_gripper(trajectory["observation"]["state"], "eef_state"))
 
+
 def nyu_rot(trajectory: Trajectory) -> Trajectory:
     """NYU ROT: action[7 or more], state pose and gripper."""
     return updated(split_state(trajectory), trajectory["action"][..., :7])
+
 
 def tokyo_pr2(trajectory: Trajectory) -> Trajectory:
     """Tokyo PR2, fridge and table top: the last action column marks the episode's end."""
     return drop_last_action(split_state(trajectory))
 
+
 def drop_last_action(trajectory: Trajectory) -> Trajectory:
     """CMU Franka exploration, Imperial wrist camera: the last action column marks the episode's end."""
     return updated(trajectory, trajectory["action"][..., :-1])
+
 
 def edan(trajectory: Trajectory) -> Trajectory:
     """DLR EDAN: 1 = closed."""
     action = trajectory["action"]
     return updated(trajectory, cat(action[:, :6], invert_gripper(action[:, -1:])))
+
 
 def hydra(trajectory: Trajectory) -> Trajectory:
     """Stanford HYDRA: 1 = closed; state[27] holds position, quaternion, Euler angles, joints, gripper."""
@@ -344,19 +390,23 @@ def hydra(trajectory: Trajectory) -> Trajectory:
     state = {"eef_state": cat(state[:, :3], state[:, 7:10]), "gripper_state": state[:, -3:-2]}
     return updated(edan(trajectory), observation=state)
 
+
 def austin(trajectory: Trajectory) -> Trajectory:
     """Austin Sailor, Austin Sirius: gripper -1 open, 1 closed."""
     action = trajectory["action"]
     return updated(trajectory, cat(action[:, :6], open_from_closing(action[:, -1:])))
 
+
 def austin_buds(trajectory: Trajectory) -> Trajectory:
     """Austin BUDS, Austin MUTEX: as Sailor; the first eight of state[24] are joints and gripper."""
     return updated(austin(trajectory), observation={"state": trajectory["observation"]["state"][:, :8]})
+
 
 def libero(trajectory: Trajectory) -> Trajectory:
     """LIBERO, no-op steps already removed: gripper -1 open, 1 closed; the gripper state is two finger positions."""
     state = trajectory["observation"]["state"]
     return updated(austin(trajectory), observation={"EEF_state": state[:, :6], "gripper_state": state[:, -2:]})
+
 
 def nyu_franka(trajectory: Trajectory) -> Trajectory:
     """NYU Franka play: action[15] ends in motion[6], gripper (-1 closed, 1 open), episode end; depth has a channel."""
@@ -365,9 +415,11 @@ def nyu_franka(trajectory: Trajectory) -> Trajectory:
     action = cat(a[:, -8:-2], np.clip(a[:, -2:-1], 0, 1))
     return updated(trajectory, action, observation={**new, "eef_state": o["state"][:, -6:]})
 
+
 def maniskill(trajectory: Trajectory) -> Trajectory:
     """ManiSkill: only the gripper has to be cut from the state."""
     return updated(trajectory, observation={"gripper_state": trajectory["observation"]["state"][..., 7:8]})
+
 
 def furniture_bench(trajectory: Trajectory) -> Trajectory:
     """FurnitureBench: action[8] = translation, quaternion, gripper (-1 open, 1 closed); state pose[7] and gripper."""
@@ -375,25 +427,30 @@ def furniture_bench(trajectory: Trajectory) -> Trajectory:
     action = cat(action[:, :3], quaternion_to_euler(action[:, 3:7]), open_from_closing(action[:, -1:]))
     return updated(trajectory, action, observation={"state": cat(state[:, :7], state[:, -1:])})
 
+
 def iamlab(trajectory: Trajectory) -> Trajectory:
     """CMU IAMLab pick-up and insert: action[8] = translation, quaternion, gripper; state joints[7] and gripper."""
     action, state = trajectory["action"], trajectory["observation"]["state"]
     action = cat(action[:, :3], quaternion_to_euler(action[:, 3:7]), action[:, 7:8])
     return updated(trajectory, action, observation={"joint_state": state[:, :7], "gripper_state": state[:, 7:8]})
 
+
 def playing_with_food(trajectory: Trajectory) -> Trajectory:
     """CMU playing with food: translation[3], quaternion[4], ..., gripper last."""
     action = trajectory["action"]
     return updated(trajectory, cat(action[:, :3], quaternion_to_euler(action[:, 3:7]), action[:, -1:]))
+
 
 def play_fusion(trajectory: Trajectory) -> Trajectory:
     """CMU play fusion: translation first, Euler angles and gripper last."""
     action = trajectory["action"]
     return updated(trajectory, cat(action[:, :3], action[:, -4:]))
 
+
 def ucsd_kitchen(trajectory: Trajectory) -> Trajectory:
     """UCSD kitchen: action[8] with an end marker last; the first seven state columns are joints."""
     return updated(drop_last_action(trajectory), observation={"joint_state": trajectory["observation"]["state"][:, :7]})
+
 
 def bc_z(trajectory: Trajectory) -> Trajectory:
     """BC-Z: actions are plans of ten future residuals; the first one is used. target_close[10] is 1 = closed, int."""
@@ -402,13 +459,16 @@ def bc_z(trajectory: Trajectory) -> Trajectory:
     action = cat(a["future/xyz_residual"][:, :3], a["future/axis_angle_residual"][:, :3], gripper)
     return updated(trajectory, action, o["natural_language_instruction"])
 
+
 def xarm_bimanual(trajectory: Trajectory) -> Trajectory:
     """Tokyo xArm bimanual: action[14], only the right arm is kept."""
     return updated(trajectory, trajectory["action"][..., -7:])
 
+
 def position_and_yaw(array: np.ndarray) -> np.ndarray:
     """[n] -> [6]: x y z and one angle, then two zeros. The angle lands in the roll column, as officially."""
     return cat(array[:, :4], zeros(array, 2))
+
 
 def robo_net(trajectory: Trajectory, state_key: str = "state") -> Trajectory:
     """RoboNet: action[5], state[5] with one angle."""
@@ -416,9 +476,11 @@ def robo_net(trajectory: Trajectory, state_key: str = "state") -> Trajectory:
     state = {"eef_state": position_and_yaw(state), "gripper_state": state[:, -1:]}
     return updated(trajectory, cat(position_and_yaw(action), action[:, -1:]), observation=state)
 
+
 def mask_vit(trajectory: Trajectory) -> Trajectory:
     """Stanford MaskViT: as RoboNet, the state is called end_effector_pose."""
     return robo_net(trajectory, state_key="end_effector_pose")
+
 
 def kaist(trajectory: Trajectory) -> Trajectory:
     """KAIST non-prehensile: no gripper; the last seven of state[21] are the pose."""
@@ -426,9 +488,11 @@ def kaist(trajectory: Trajectory) -> Trajectory:
     state = trajectory["observation"]["state"][:, -7:]
     return updated(trajectory, cat(action[:, :6], zeros(action, 1)), observation={"state": state})
 
+
 def sara_grid_clamp(trajectory: Trajectory) -> Trajectory:
     """DLR SARA grid clamp: state pose is the first six columns."""
     return updated(trajectory, observation={"state": trajectory["observation"]["state"][:, :6]})
+
 
 def asu_table_top(trajectory: Trajectory) -> Trajectory:
     """ASU table top: the pose is in ground_truth_states, outside of observation."""
@@ -436,10 +500,12 @@ def asu_table_top(trajectory: Trajectory) -> Trajectory:
     state = {"eef_state": trajectory["ground_truth_states"]["EE"], "gripper_state": o["state"][:, -1:]}
     return updated(trajectory, observation=state)
 
+
 def d3field(trajectory: Trajectory) -> Trajectory:
     """UIUC D3Field: action[3] translation; no rotation, no gripper."""
     action = trajectory["action"]
     return updated(trajectory, cat(action, zeros(action, action.shape[-1] + 1)))
+
 
 def fanuc(trajectory: Trajectory) -> Trajectory:
     """Berkeley Fanuc: action[6]; no gripper command is stored, its state (1 = closed) stands in."""
@@ -447,11 +513,13 @@ def fanuc(trajectory: Trajectory) -> Trajectory:
     state = {"joint_state": state[:, :6], "gripper_state": state[:, 6:7]}
     return updated(trajectory, cat(trajectory["action"], invert_gripper(state["gripper_state"])), observation=state)
 
+
 def cmu_stretch(trajectory: Trajectory) -> Trajectory:
     """CMU Stretch: no orientation in the state; the last of action[8] marks the episode's end."""
     state = trajectory["observation"]["state"]
     state = {"eef_state": cat(state[:, :3], zeros(state, 3)), "gripper_state": state[:, -1:]}
     return updated(drop_last_action(trajectory), observation=state)
+
 
 def gnm(trajectory: Trajectory) -> Trajectory:
     """Berkeley GNM (ground robots): action[2] = dx dy, padded with zeros to [7]; state = x y, 0 0 0, yaw."""
@@ -459,19 +527,23 @@ def gnm(trajectory: Trajectory) -> Trajectory:
     state = cat(o["position"], zeros(o["state"], 3), o["yaw"])
     return updated(trajectory, cat(action, zeros(action, 2 * action.shape[-1] + 1)), observation={"state": state})
 
+
 def fmb(trajectory: Trajectory) -> Trajectory:
     """Functional manipulation benchmark: eef_pose and state_gripper_pose[] make up the state."""
     o = trajectory["observation"]
     return updated(trajectory, observation={"proprio": cat(o["eef_pose"], o["state_gripper_pose"])})
 
+
 def dobbe(trajectory: Trajectory) -> Trajectory:
     """Dobb-E: the state only changes its name."""
     return updated(trajectory, observation={"proprio": trajectory["observation"]["state"]})
+
 
 def roboset(trajectory: Trajectory) -> Trajectory:
     """RoboSet: action[8] joints[7] and gripper (-1 open, 1 closed)."""
     action = trajectory["action"]
     return updated(dobbe(trajectory), cat(action[:, :7], open_from_closing(action[:, -1:])))
+
 
 def rh20t(trajectory: Trajectory) -> Trajectory:
     """RH20T: action dict of tcp_base[6] and gripper[]; the same for the state."""
@@ -479,11 +551,13 @@ def rh20t(trajectory: Trajectory) -> Trajectory:
     action = cat(a["tcp_base"], a["gripper"].astype(np.float32))
     return updated(trajectory, action, observation={"proprio": cat(o["tcp_base"], o["gripper_width"])})
 
+
 def droid(trajectory: Trajectory) -> Trajectory:
     """DROID: commanded velocity[6] in the robot's base frame, from `action_dict`; gripper_position[1] is 1 = closed."""
     a, o = trajectory["action_dict"], trajectory["observation"]
     action = cat(a["cartesian_velocity"][:, :6], invert_gripper(a["gripper_position"]))
     return updated(trajectory, action, observation={"proprio": cat(o["cartesian_position"], o["gripper_position"])})
+
 
 def droid_wrist(trajectory: Trajectory) -> Trajectory:
     """DROID with the motion in the wrist's frame, (T, 10) for action_encoding="EEF_R6". Used by no official data set.
@@ -499,12 +573,24 @@ def droid_wrist(trajectory: Trajectory) -> Trajectory:
     action = cat(translation, rotation[:, :2].reshape(len(frame), 6), a["gripper_position"])
     return updated(trajectory, action, observation={"proprio": cat(o["cartesian_position"], o["gripper_position"])})
 
+
 # Quantiles of DROID's motion, fixed in the official droid_utils.py: not those of the data at hand.
-DROID_Q01 = (-0.7776297926902771, -0.5803514122962952, -0.5795090794563293,
-             -0.6464047729969025, -0.7041108310222626, -0.8895104378461838)
-DROID_Q99 = (0.7597932070493698, 0.5726242214441299, 0.7351000607013702,
-             0.6705610305070877, 0.6464948207139969, 0.8897542208433151)
-# fmt: on
+DROID_Q01 = (
+    -0.7776297926902771,
+    -0.5803514122962952,
+    -0.5795090794563293,
+    -0.6464047729969025,
+    -0.7041108310222626,
+    -0.8895104378461838,
+)
+DROID_Q99 = (
+    0.7597932070493698,
+    0.5726242214441299,
+    0.7351000607013702,
+    0.6705610305070877,
+    0.6464948207139969,
+    0.8897542208433151,
+)
 
 
 def droid_moving_frames(trajectory: Trajectory) -> np.ndarray:
@@ -520,7 +606,8 @@ def droid_moving_frames(trajectory: Trajectory) -> np.ndarray:
     return moves.any(axis=tuple(range(1, moves.ndim)))
 
 
-# === The table of data sets
+# -----------------------------------------------------------------------------
+# The table of datasets
 
 # Per action dimension: is it absolute (a set point) or relative (a change)? Only grippers are absolute for single arms.
 # JOINT_POS is refused by the official loader (see mixture); its masks follow its definition: 7 joint changes, gripper.
@@ -535,14 +622,20 @@ STATE_ENCODINGS = ("NONE", "POS_EULER", "POS_QUAT", "JOINT", "JOINT_BIMANUAL")
 
 @dataclass(frozen=True)
 class Dataset:
-    """How one data set is laid out after `standardize`. Official: oxe/configs.py and oxe/materialize.py.
+    """
+    How one dataset is laid out after `standardize`. Official: oxe/configs.py and oxe/materialize.py.
 
-    Image and depth fields name observation keys; None = there is no such view (officially a black image). `state` names
-    the observation keys that are joined to the proprioceptive state, None = one column of zeros as padding.
-    `state_encoding` says what the state means: POS_EULER xyz (m), Euler angles (rad), pad, gripper; POS_QUAT xyz,
-    quaternion, gripper; JOINT joint angles (rad) 7, gripper; JOINT_BIMANUAL twice 6 + 1; NONE. `standardize` maps a raw
-    trajectory to a new one. `swap_images` are two views to exchange at random, see oxe.standardize. `keep_frames` maps
-    a standardised AND normalised trajectory to a mask (T,) of frames to train on; None = all.
+    primary, secondary, wrist, left_wrist, right_wrist, and the depth fields: observation keys of these images; None:
+        there is no such view (officially a black image).
+    standardize: maps a raw trajectory to a new one.
+    state_encoding: what the state means. POS_EULER is xyz (m), Euler angles (rad), pad, gripper; POS_QUAT is xyz,
+        quaternion, gripper; JOINT is 7 joint angles (rad), gripper; JOINT_BIMANUAL is twice 6 + 1; NONE.
+    state: the observation keys that are joined to the robot's state; None: a column of zeros as padding.
+    action_encoding: what the action means, see ABSOLUTE_ACTION_MASK.
+    swap_images: two observation keys whose images are exchanged at random, see `standardize` below.
+    keep_frames: maps a standardised AND normalised trajectory to a mask (T,) of the frames to train on; None: all.
+    name: of a row of your own, as it stands in `data_mix`: the name of the dataset's folder, under which its statistics
+        are stored. The rows of DATASETS need none: there it is the key.
 
     Raises ValueError for an unknown encoding and TypeError for a `state` that is a bare string.
     """
@@ -561,6 +654,7 @@ class Dataset:
     wrist_depth: str | None = None
     swap_images: tuple[str, str] | None = None
     keep_frames: Callable[[Trajectory], np.ndarray] | None = None
+    name: str = ""
 
     def __post_init__(self):
         if isinstance(self.state, str):
@@ -573,7 +667,7 @@ class Dataset:
 
     @property
     def images(self) -> dict[str, str | None]:
-        """View name -> observation key, or None where the data set has no such view."""
+        """View name -> observation key, or None where the dataset has no such view."""
         return {view: getattr(self, view) for view in ("primary", "secondary", "wrist", "left_wrist", "right_wrist")}
 
     @property
@@ -583,12 +677,15 @@ class Dataset:
 
     @property
     def state_oft(self) -> tuple[str | None, ...]:
-        """`state` as OpenVLA-OFT reads it: without the pad column between pose and gripper (LIBERO: 8 columns, not 9).
+        """
+        `state` as OpenVLA-OFT reads it: without the pad column between pose and gripper (LIBERO: 8 columns, not 9).
 
         OFT also renamed eef_state to EEF_state in 11 rows whose transforms still write eef_state, so those fail there;
         here rows and transforms agree, on eef_state.
         """
-        return tuple(key for key in self.state if key) if self.state in (POSE, POSE_LOWER) else self.state
+        if self.state not in (POSE, POSE_LOWER):
+            return self.state
+        return tuple(key for key in self.state if key is not None)
 
     @property
     def action_dim(self) -> int:
@@ -597,7 +694,7 @@ class Dataset:
 
     @property
     def scheme(self) -> str:
-        """What of actions and state becomes -1 and 1, see tokenizer.SCHEMES: of ALOHA minimum and maximum."""
+        """Which statistics become -1 and 1, see normalize.SCHEMES: minimum and maximum for two arms (ALOHA)."""
         return "bounds" if self.action_encoding == "JOINT_POS_BIMANUAL" else "bounds_q99"
 
     @property
@@ -614,7 +711,11 @@ class Dataset:
 
 
 # fmt: off
-NONE, EULER, QUAT, JOINT = "NONE", "POS_EULER", "POS_QUAT", "JOINT"
+NONE       = "NONE"
+EULER      = "POS_EULER"
+QUAT       = "POS_QUAT"
+JOINT      = "JOINT"
+
 PAD        = (None,)
 POSE       = ("EEF_state", None, "gripper_state")
 POSE_LOWER = ("eef_state", None, "gripper_state")
@@ -629,6 +730,7 @@ ALOHA  = Dataset("image", identity, "JOINT_BIMANUAL", ("state",), action_encodin
                  left_wrist="left_wrist_image", right_wrist="right_wrist_image")
 # PPGM has a transform but no layout in the official code and is not public: set the views with dataclasses.replace
 PPGM   = Dataset(None, tdroid, EULER, POSE)
+TOY    = Dataset("image", state=("state",))
 
 DATASETS: dict[str, Dataset] = {
     # Dataset(primary, standardize, state_encoding, state, other views, depth, exceptions)
@@ -768,12 +870,16 @@ DATASETS: dict[str, Dataset] = {
         Dataset("image",          iamlab,            JOINT, ("joint_state", "gripper_state"), wrist="wrist_image"),
     "libero_4_task_suites_no_noops":
         Dataset("image",          libero,            EULER, ("EEF_state", "gripper_state"), wrist="wrist_image"),
+    # The demonstrations of the toy world (toy/): as trained first, in the changed world, and in chunks
+    "toy":                         TOY,
+    "toy_changed":                 TOY,
+    "toy_chunks":                  TOY,
 }
 # fmt: on
 
-
-# === Mixtures: (data set, weight). Frames are drawn with probability weight x number of steps, normalised. Official:
-# oxe/mixtures.py, "as listed" there, with repeats and refused data sets; `mixture` below gives what is really used.
+# -----------------------------------------------------------------------------
+# Mixtures: (dataset, weight). Frames are drawn with probability weight x number of steps, normalised. Official:
+# oxe/mixtures.py, "as listed" there, with repeats and refused datasets; `mixture` below gives what is really used.
 
 # fmt: off
 MIXTURES: dict[str, list[tuple[str, float]]] = {
@@ -836,42 +942,50 @@ MIXTURES.update({name: [(name, 1.0)] for name in (
 # fmt: on
 
 
-# === What other files call
+# -----------------------------------------------------------------------------
+# What other files call
 
 
 def lookup(name: str) -> Dataset:
-    """The row of a data set. Raises KeyError with the nearest names if there is none."""
+    """Return the row of a dataset. Raises KeyError with the nearest names if there is none."""
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=5, cutoff=0.3)
-        raise KeyError(f"no data set {name!r} in oxe.DATASETS; nearest: {', '.join(near) or 'none'}")
+        raise KeyError(f"no dataset {name!r} in oxe.DATASETS; nearest: {nearest_names(name, [*DATASETS])}")
     return DATASETS[name]
 
 
-def mixture(name: str) -> list[tuple[str, float]]:
-    """The (data set, weight) pairs that training really uses for a mixture, or [(name, 1.0)] for a single data set.
+def nearest_names(name: str, known: list[str]) -> str:
+    """Return the known names that look like `name`, for error messages."""
+    names = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
+    return ", ".join(dict.fromkeys(names)) or "none"
 
-    As officially, the first of repeated names wins (rtx_franka lists four twice) and JOINT_POS data sets are left out
-    (rtx_franka lists berkeley_rpt). A JOINT_POS data set asked for by its own name is given; officially it is refused.
-    Raises KeyError with the nearest names if there is neither such a mixture nor such a data set.
+
+def mixture(name: str) -> list[tuple[str, float]]:
     """
-    if name not in MIXTURES:
-        if name not in DATASETS:
-            near = difflib.get_close_matches(name, [*MIXTURES, *DATASETS], n=5, cutoff=0.3)
-            raise KeyError(f"no mixture or data set {name!r}; nearest: {', '.join(dict.fromkeys(near)) or 'none'}")
+    Return the (dataset, weight) pairs that training really uses for a mixture, or [(name, 1.0)] for a single dataset.
+
+    As officially, the first of repeated names wins (rtx_franka lists four twice) and JOINT_POS datasets are left out
+    (rtx_franka lists berkeley_rpt). A JOINT_POS dataset asked for by its own name is given; officially it is refused.
+    Raises KeyError with the nearest names if there is neither such a mixture nor such a dataset.
+    """
+    if name in MIXTURES:
+        weights = {}
+        for dataset, weight in MIXTURES[name]:
+            if dataset not in weights and lookup(dataset).action_encoding != "JOINT_POS":
+                weights[dataset] = weight
+        return list(weights.items())
+
+    if name in DATASETS:
         return [(name, 1.0)]
-    first = {}
-    for dataset, weight in MIXTURES[name]:
-        if lookup(dataset).action_encoding != "JOINT_POS":
-            first.setdefault(dataset, weight)
-    return list(first.items())
+    raise KeyError(f"no mixture or dataset {name!r}; nearest: {nearest_names(name, [*MIXTURES, *DATASETS])}")
 
 
 def standardize(dataset: str | Dataset, trajectory: Trajectory, rng: np.random.Generator | None = None) -> Trajectory:
-    """Convert one raw trajectory to the common form described at the top of this file.
+    """
+    Convert one raw trajectory to the common form described at the top of this file.
 
-    dataset: a name in DATASETS, or a row. trajectory: nested dict of arrays with leading axis T >= 1; the Bridge data
-    sets come back with T - 2 steps. rng: the official DROID transform exchanges the two exterior cameras of half of the
-    trajectories, chosen at random, as training sees only one; here that happens if you pass a generator.
+    dataset: a name in DATASETS, or a row. trajectory: nested dict of arrays with leading axis T >= 1; the Bridge
+    datasets come back with T - 2 steps. rng: the official DROID transform exchanges the two exterior cameras of half of
+    the trajectories, chosen at random, as training sees only one; here that happens if you pass a generator.
     Raises KeyError for an unknown name, for a key the trajectory lacks, and for an array where a dict should be or the
     reverse; the message lists the keys present and their shapes.
     """
@@ -880,11 +994,21 @@ def standardize(dataset: str | Dataset, trajectory: Trajectory, rng: np.random.G
         new = row.standardize(trajectory)
         if row.swap_images and rng is not None and rng.random() <= 0.5:
             one, two = row.swap_images
-            o = new["observation"]
-            new = updated(new, observation={one: o[two], two: o[one]})
-    except (KeyError, IndexError, TypeError) as error:  # the last two: an array in place of a dict, or the reverse
-        name = dataset if isinstance(dataset, str) else "this data set"
-        problem = f"has no key {error}" if isinstance(error, KeyError) else f"has another layout ({error})"
-        present = ", ".join(key_list(trajectory))
-        raise KeyError(f"{name}: the trajectory {problem}; keys present: {present}") from error
+            images = new["observation"]
+            new = updated(new, observation={one: images[two], two: images[one]})
+    except KeyError as error:
+        problem = f"has no key {error}"
+        raise KeyError(layout_message(dataset, trajectory, problem)) from error
+    except (IndexError, TypeError) as error:  # an array in place of a dict, or the reverse
+        problem = f"has another layout ({error})"
+        raise KeyError(layout_message(dataset, trajectory, problem)) from error
     return new
+
+
+def layout_message(dataset: str | Dataset, trajectory: Trajectory, problem: str) -> str:
+    """Return the message for a trajectory that does not fit its row: what is wrong, and which keys are there."""
+    if isinstance(dataset, str):
+        name = dataset
+    else:
+        name = dataset.name or "this dataset"
+    return f"{name}: the trajectory {problem}; keys present: {', '.join(key_list(trajectory))}"

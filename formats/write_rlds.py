@@ -3,136 +3,227 @@ Write demonstrations as an RLDS dataset: a folder that TensorFlow Datasets opens
 
     write_rlds(folder, {"train": episodes}, name)  ->  folder/name/1.0.0: features.json, dataset_info.json, *.tfrecord-*
 
+An episode is a dict of
+
+    action         (T, A) float32
+    instruction    str
+    image, ...     images by the name of their camera, (T or T + 1, H, H, 3) uint8, or JPEGs (then see `write_examples`)
+    state, ...     vectors by any name, (T, S) float32
+
+    episode -> encode_episode -> a tf.train.Example -> write_tfrecord -> NAME-SPLIT.tfrecord-00000-of-00014
+
 RLDS https://arxiv.org/abs/2111.02767, tfrecord and tf.train.Example as in tensorflow/core/lib/io/record_writer.h and
 tensorflow/core/example/example.proto.
-Axes: T steps of an episode, A dimensions of an action, S of a state, H = W side of a picture.
+Axes: T steps of an episode, A dimensions of an action, S of a state, H = W side of an image.
 """
 
-import io
-import json
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from files import write_json
+from formats.rlds import masked_crc32c
+from image import encode_jpeg
 
 VERSION = "1.0.0"
 
 
+# -----------------------------------------------------------------------------
+# Protocol buffers
+
+
 def varint(n: int) -> bytes:
-    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+    """Return n >= 0 as bytes of seven bits each, the lowest first. The top bit of a byte says that another follows."""
+    encoded = bytearray()
+    while n >= 128:
+        encoded.append(n & 127 | 128)
+        n >>= 7
+    encoded.append(n)
+    return bytes(encoded)
 
 
 def message(number: int, content: bytes) -> bytes:
-    """Field `number` of a protocol buffer."""
-    return varint(number << 3 | 2) + varint(len(content)) + content
+    """Return field `number` of a protocol buffer: its key, its length, its content."""
+    length_delimited = 2  # the type of fields that hold bytes
+    return varint(number << 3 | length_delimited) + varint(len(content)) + content
 
 
-def jpeg(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 -> what tf.io.encode_jpeg makes of it by default, which is how such datasets store pictures."""
-    Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=95)
-    return file.getvalue()
+# -----------------------------------------------------------------------------
+# One episode
 
 
 def encode_episode(episode: dict) -> bytes:
-    """
-    action (T, A) float32, instruction, and observations by name: vectors (T, S) float32 and pictures, (T or T + 1, H,
-    H, 3) uint8 or JPEGs -> a tf.train.Example. What comes after the last action is left out.
-    """
-    T, entries = len(episode["action"]), b""
-    last, steps = np.arange(T) == T - 1, {}
+    """Return an episode as an encoded tf.train.Example. Images after the last action are left out."""
+    T = len(episode["action"])
+    is_last = np.arange(T) == T - 1
+    steps = {
+        **encode_observations(episode, T),
+        "action": episode["action"],
+        "language_instruction": [episode["instruction"].encode()] * T,
+        "is_first": np.arange(T) == 0,
+        "is_last": is_last,
+        "is_terminal": is_last,
+        "reward": is_last.astype("<f4"),
+        "discount": np.ones(T, "<f4"),
+    }
+
+    # An Example has Features (field 1), which are entries of a map (field 1 each): name (1) and Feature (2).
+    entries = []
+    for key, values in steps.items():
+        name = f"steps/{key}".encode()
+        entries.append(message(1, message(1, name) + message(2, encode_feature(values))))
+    return message(1, b"".join(entries))
+
+
+def encode_observations(episode: dict, T: int) -> dict[str, list[bytes] | np.ndarray]:
+    """Return the observations of an episode by their names in a dataset: images as JPEGs, vectors as they are."""
+    observations = {}
     for key, values in episode.items():
-        if key not in ("action", "instruction"):
-            picture = isinstance(values[0], bytes) or values[0].ndim == 3
-            encoded = [v if isinstance(v, bytes) else jpeg(v) for v in values[:T]] if picture else values
-            steps[f"observation/{key}"] = encoded
-    steps |= dict(action=episode["action"], language_instruction=[episode["instruction"].encode()] * T)
-    steps |= dict(is_first=np.arange(T) == 0, is_last=last, is_terminal=last)
-    steps |= dict(reward=last.astype("<f4"), discount=np.ones(T, "<f4"))
-    for key, values in steps.items():  # each flat: bytes_list is field 1, float_list 2, int64_list 3
-        if isinstance(values, list):
-            feature = message(1, b"".join(message(1, v) for v in values))
-        else:
-            feature = message(3 if values.dtype == bool else 2, message(1, values.tobytes()))
-        entries += message(1, message(1, f"steps/{key}".encode()) + message(2, feature))
-    return message(1, entries)
+        if key in ("action", "instruction"):
+            continue
+        first = values[0]
+        if isinstance(first, bytes):
+            values = list(values[:T])
+        elif first.ndim == 3:
+            values = [encode_jpeg(image) for image in values[:T]]
+        observations[f"observation/{key}"] = values
+    return observations
+
+
+def encode_feature(values: list[bytes] | np.ndarray) -> bytes:
+    """Return a tf.train.Feature. All its values are in one flat list: bytes (field 1), float32 (2) or integers (3)."""
+    if isinstance(values, list):
+        return message(1, b"".join(message(1, value) for value in values))
+    field = 3 if values.dtype == bool else 2
+    return message(field, message(1, values.tobytes()))
+
+
+# -----------------------------------------------------------------------------
+# features.json: what the steps of an episode are
 
 
 def shapes_of(episode: dict) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of `encode_episode`'s episode at one step."""
+    """Return the shape of each array of an episode at one step."""
     return {key: values.shape[1:] for key, values in episode.items() if key != "instruction"}
 
 
 def features_json(shapes: dict[str, tuple[int, ...]]) -> dict:
-    """What features.json says about the steps of `encode_episode`."""
-
-    def feature(name: str, **content) -> dict:
-        return dict(pythonClassName=f"tensorflow_datasets.core.features.{name}", **content)
-
-    def tensor(dtype: str, *shape: int, **more: str) -> dict:
-        return dict(shape=dict(dimensions=[str(n) for n in shape]) if shape else {}, dtype=dtype, **more)
-
-    def array(shape: tuple[int, ...]) -> dict:
-        if len(shape) == 3:
-            return feature("image_feature.Image", image=tensor("uint8", *shape, encodingFormat="jpeg"))
-        return feature("tensor_feature.Tensor", tensor=tensor("float32", *shape, encoding="none"))
-
-    seen = dict(features={key: array(shape) for key, shape in shapes.items() if key != "action"})
-    observation = feature("features_dict.FeaturesDict", featuresDict=seen)
-    text = feature("text_feature.Text", text={})
-    steps = dict(observation=observation, action=array(shapes["action"]), language_instruction=text)
-    for key in ("is_first", "is_last", "is_terminal", "reward", "discount"):
-        dtype = "bool" if key.startswith("is_") else "float32"
-        steps[key] = feature("scalar.Scalar", tensor=tensor(dtype, encoding="none"))
-    steps = feature("features_dict.FeaturesDict", featuresDict=dict(features=steps))
-    steps = feature("dataset_feature.Dataset", sequence=dict(feature=steps, length="-1"))
-    return feature("features_dict.FeaturesDict", featuresDict=dict(features=dict(steps=steps)))
+    """Return the content of features.json, for arrays of these shapes at one step."""
+    observations = {key: array_feature(shape) for key, shape in shapes.items() if key != "action"}
+    steps = {
+        "observation": dict_feature(observations),
+        "action": array_feature(shapes["action"]),
+        "language_instruction": feature("text_feature.Text", text={}),
+        "is_first": scalar_feature("bool"),
+        "is_last": scalar_feature("bool"),
+        "is_terminal": scalar_feature("bool"),
+        "reward": scalar_feature("float32"),
+        "discount": scalar_feature("float32"),
+    }
+    sequence = {"feature": dict_feature(steps), "length": "-1"}
+    return dict_feature({"steps": feature("dataset_feature.Dataset", sequence=sequence)})
 
 
-def write_tfrecord(path: Path, records: list[bytes]):
-    """Each record behind its length, both with a checksum (crc32c, rotated and offset)."""
-    from google_crc32c import value as crc32c
+def feature(name: str, **content) -> dict:
+    """Return the JSON of one of the features of TensorFlow Datasets."""
+    return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", **content}
 
-    with open(path, "wb") as f:
-        for part in (part for record in records for part in (struct.pack("<Q", len(record)), record)):
-            crc = crc32c(part)
-            f.write(part + struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF))
+
+def dict_feature(features: dict) -> dict:
+    return feature("features_dict.FeaturesDict", featuresDict={"features": features})
+
+
+def scalar_feature(dtype: str) -> dict:
+    return feature("scalar.Scalar", tensor={"shape": {}, "dtype": dtype, "encoding": "none"})
+
+
+def array_feature(shape: tuple[int, ...]) -> dict:
+    """Return the JSON of an image, for a shape (H, W, 3), or of a float32 vector."""
+    dimensions = {"dimensions": [str(n) for n in shape]} if shape else {}
+    if len(shape) == 3:
+        image = {"shape": dimensions, "dtype": "uint8", "encodingFormat": "jpeg"}
+        return feature("image_feature.Image", image=image)
+    tensor = {"shape": dimensions, "dtype": "float32", "encoding": "none"}
+    return feature("tensor_feature.Tensor", tensor=tensor)
+
+
+# -----------------------------------------------------------------------------
+# The folder
 
 
 def write_rlds(folder: str | Path, splits: dict[str, Iterable[dict]], name: str = "toy", shard: int = 300) -> Path:
-    """Write the episodes of each split as `encode_episode` takes them; else as `write_examples`."""
-    shapes: dict = {}
-
-    def encode(episode: dict) -> bytes:
-        shapes.update(shapes_of(episode))
-        return encode_episode(episode)
-
-    return write_examples(folder, {s: map(encode, episodes) for s, episodes in splits.items()}, shapes, name, shard)
-
-
-def write_examples(folder: str | Path, splits: dict[str, Iterable[bytes]], shapes: dict, name: str, shard=300) -> Path:
     """
-    Write encoded episodes to folder/name/1.0.0, `shard` of them to a file. Returns that folder, which appears when it
-    is whole and takes the place of an older one. shapes: as `shapes_of`, looked at last.
+    Write a dataset from the episodes of each split, and return its folder. The top of this file says what an episode
+    is, `write_examples` says the rest.
     """
-    to = Path(folder) / name / VERSION
-    tmp, infos = to.with_name(f".{VERSION}.tmp"), []
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for split, records in splits.items():
-        lengths, total, records = [], 0, iter(records)
-        while part := list(islice(records, shard)):
-            write_tfrecord(tmp / f"part-{len(lengths)}", part)
-            lengths, total = [*lengths, str(len(part))], total + sum(map(len, part))
-        for i in range(len(lengths)):
-            (tmp / f"part-{i}").rename(tmp / f"{name}-{split}.tfrecord-{i:05d}-of-{len(lengths):05d}")
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        infos.append(dict(name=split, filepathTemplate=template, numBytes=str(total), shardLengths=lengths))
-    info = dict(name=name, version=VERSION, fileFormat="tfrecord", moduleName=name, splits=infos)
-    (tmp / "features.json").write_text(json.dumps(features_json(shapes), indent=2))
-    (tmp / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    shutil.rmtree(to, ignore_errors=True)
-    return tmp.rename(to)
+    shapes = {}
+
+    def encode(episodes: Iterable[dict]) -> Iterator[bytes]:
+        for episode in episodes:
+            shapes.update(shapes_of(episode))
+            yield encode_episode(episode)
+
+    records = {split: encode(episodes) for split, episodes in splits.items()}
+    return write_examples(folder, records, shapes, name, shard)
+
+
+def write_examples(
+    folder: str | Path, splits: dict[str, Iterable[bytes]], shapes: dict, name: str, shard: int = 300
+) -> Path:
+    """
+    Write encoded episodes to folder/name/1.0.0, `shard` of them to a file. Returns that folder. It replaces an older
+    one only once it is complete. shapes: as `shapes_of`; they are read after the last episode.
+    """
+    target = Path(folder) / name / VERSION
+    unfinished = target.with_name(f".{VERSION}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+    split_infos = [write_split(unfinished, name, split, records, shard) for split, records in splits.items()]
+    info = {
+        "name": name,
+        "version": VERSION,
+        "fileFormat": "tfrecord",
+        "moduleName": name,
+        "splits": split_infos,
+    }
+    write_json(unfinished / "features.json", features_json(shapes))
+    write_json(unfinished / "dataset_info.json", info)
+
+    shutil.rmtree(target, ignore_errors=True)
+    return unfinished.rename(target)
+
+
+def write_split(folder: Path, name: str, split: str, records: Iterable[bytes], shard: int) -> dict:
+    """Write the files of one split, and return what dataset_info.json says about it."""
+    shard_lengths = []
+    num_bytes = 0
+    remaining = iter(records)
+    while part := list(islice(remaining, shard)):
+        write_tfrecord(folder / f"part-{len(shard_lengths)}", part)
+        shard_lengths.append(len(part))
+        num_bytes += sum(len(record) for record in part)
+
+    # The name of a file says how many files there are, which is known only now.
+    num_shards = len(shard_lengths)
+    for i in range(num_shards):
+        file = folder / f"{name}-{split}.tfrecord-{i:05d}-of-{num_shards:05d}"
+        (folder / f"part-{i}").rename(file)
+    return {
+        "name": split,
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "numBytes": str(num_bytes),
+        "shardLengths": [str(length) for length in shard_lengths],
+    }
+
+
+def write_tfrecord(path: Path, records: list[bytes]):
+    """Write each record behind its length, both with a checksum. rlds.py reads them again with `read_records`."""
+    with open(path, "wb") as file:
+        for record in records:
+            for part in (struct.pack("<Q", len(record)), record):
+                file.write(part + struct.pack("<I", masked_crc32c(part)))

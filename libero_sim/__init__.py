@@ -1,1 +1,1 @@
-"""The LIBERO simulator: tasks, a scripted expert, processes, the report."""
+"""The LIBERO simulator: tasks, processes, a scripted expert, demonstrations, the report. See eval_libero.py."""

@@ -1,69 +1,79 @@
 """
-LIBERO demonstrations as OpenVLA learns from them: replayed in the simulator, without idle steps, in large pictures.
+LIBERO demonstrations as OpenVLA learns from them: replayed in the simulator, without idle steps, in large images.
 
-    python eval_libero.py --regenerate libero_spatial/ --task_suite libero_spatial --out data
+    python -m libero_sim.regenerate --source libero_spatial/ --task_suite libero_spatial --out data
 
-takes the raw demonstrations (https://libero-project.github.io/datasets, one NAME_demo.hdf5 per task) or a run of
-eval_libero.py (its episodes/*.npz) to data/libero_spatial_no_noops/1.0.0, an RLDS dataset. Follows
-experiments/robot/libero/regenerate_libero_dataset.py of github.com/openvla/openvla and the modified_libero_rlds sets.
+The source is a folder of raw demonstrations (https://libero-project.github.io/datasets, one NAME_demo.hdf5 per task) or
+of a run of eval_libero.py (episodes/*.npz). Each demonstration is replayed from its initial state. Those that still
+succeed become an RLDS dataset, data/libero_spatial_no_noops/1.0.0. The same command again goes on where it stopped.
+
+Follows experiments/robot/libero/regenerate_libero_dataset.py of github.com/openvla/openvla and the modified_libero_rlds
+sets.
 
 Axes: T steps of a demonstration, A = 7 dimensions of an action, as the simulator takes it (gripper -1 open, 1 closed).
 """
 
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
-from formats.write_rlds import encode_episode, jpeg, write_examples
-from libero_sim.simulator import SIZE, Simulator, tasks
-from model import write_atomically
+from configurator import configure, fail
+from files import atomic_write
+from formats.write_rlds import encode_episode, write_examples
+from image import encode_jpeg
+from libero_sim.jobs import demonstration_file, parse_tasks, recorded_episodes, unfinished
+from libero_sim.report import open_run, read_rows, warn
+from libero_sim.simulator import CAMERAS, IMAGE_SIZE, SETTLE, SUITES, Simulator, set_up_libero, tasks, versions
+from libero_sim.workers import look_at_simulator, play_jobs, read_warnings
 
-SHAPES = dict(image=(SIZE, SIZE, 3), wrist_image=(SIZE, SIZE, 3), state=(8,), joint_state=(7,), action=(7,))
+SHAPES = {  # of one step
+    "image": (IMAGE_SIZE, IMAGE_SIZE, 3),
+    "wrist_image": (IMAGE_SIZE, IMAGE_SIZE, 3),
+    "state": (8,),
+    "joint_state": (7,),
+    "action": (7,),
+}
 NO_H5PY = "reading raw LIBERO demonstrations needs h5py: pip install h5py"
 
 
-def is_noop(action: np.ndarray, previous: np.ndarray | None, threshold: float = 1e-4) -> bool:
-    """Whether an action (A,) moves nothing: no motion, and the gripper as in the last action that was kept."""
-    still = np.linalg.norm(action[:-1]) < threshold
-    return bool(still and (previous is None or action[-1] == previous[-1]))
+@dataclass
+class Config:
+    source: str = ""  # folder with raw NAME_demo.hdf5 files, or a run of eval_libero.py
+    task_suite: str = "libero_spatial"  # libero_object, libero_goal, libero_10, libero_90
+    tasks: str = ""  # such as 0-4,7; "": all of the suite
+    num_envs: int = 1  # simulator processes; each takes 1.3 to 2.2 GB of memory
+    out: str = "runs/libero_data"  # folder for the dataset
+    assets: str = ""  # LIBERO's assets folder; "": inside the installed package
 
 
-def without_noops(actions: np.ndarray) -> np.ndarray:
-    """(T, A) -> (fewer, A)."""
-    kept: list[np.ndarray] = []
-    for action in actions:
-        if not is_noop(action, kept[-1] if kept else None):
-            kept.append(action)
-    return np.array(kept).reshape(-1, actions.shape[1])
+# -----------------------------------------------------------------------------
+# Demonstrations
 
 
-def episode_file(run: Path, job: dict, suffix: str) -> Path:
-    """Where a run of eval_libero.py keeps an episode's actions (.npz) and film (.gif)."""
-    return run / "episodes" / f"task{job['task']:02d}_trial{job['trial']:03d}{suffix}"
-
-
-def recorded(path: Path) -> list[dict]:
-    """Jobs dict(task, trial, source) for a recorded episode's .npz, or for all those of a run."""
-    files = [path] if path.suffix == ".npz" and path.is_file() else sorted(path.glob("episodes/task*.npz"))
-    return [dict(task=int(f.stem[4:6]), trial=int(f.stem[-3:]), source=str(f)) for f in files]
-
-
-def find_demonstrations(source: Path, suite: str, wanted: list[int]) -> list[dict]:
+def find_demonstrations(source: Path, suite: str, wanted_tasks: list[int]) -> list[dict]:
     """
-    Jobs dict(task, trial, source) for the demonstrations of the wanted tasks: in raw HDF5 files, or in a run of
-    eval_libero.py. Raises ValueError if there is none, or if a task's file is missing.
+    Return a job (libero_sim/jobs.py) for each demonstration of the wanted tasks, in a run of eval_libero.py or in raw
+    HDF5 files. Raises ValueError if there is none, or if a task's file is missing.
     """
-    if found := recorded(source):
-        if of_tasks := [job for job in found if job["task"] in wanted]:
-            return of_tasks
-        raise ValueError(f"{source}/episodes: no episode of the tasks {wanted}")
+    recorded = recorded_episodes(source)
+    if recorded:
+        jobs = [job for job in recorded if job["task"] in wanted_tasks]
+        if not jobs:
+            raise ValueError(f"{source}/episodes: no episode of the tasks {wanted_tasks}")
+        return jobs
+
     jobs = []
-    for task in wanted:
+    for task in wanted_tasks:
         path = source / f"{tasks(suite)[task].name}_demo.hdf5"
         if not path.is_file():
-            raise ValueError(f"{path}: missing; --regenerate takes the folder with {suite}'s NAME_demo.hdf5 files")
+            raise ValueError(f"{path}: missing; --source takes the folder with {suite}'s NAME_demo.hdf5 files")
         with open_hdf5(path) as file:
-            jobs += [dict(task=task, trial=i, source=str(path)) for i in range(len(file["data"]))]
+            num_demonstrations = len(file["data"])
+        for trial in range(num_demonstrations):
+            jobs.append({"task": task, "trial": trial, "source": str(path)})
     return jobs
 
 
@@ -76,37 +86,147 @@ def open_hdf5(path: Path | str):
 
 
 def read_demonstration(job: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The simulator's state at the start, before settling, and the actions (T, A) float64."""
+    """Return the simulator's state at the start, before settling, and the actions (T, A) float64."""
     if job["source"].endswith(".npz"):
         with np.load(job["source"]) as file:
             return file["initial_state"], file["actions"]
     with open_hdf5(job["source"]) as file:
-        demo = file["data"][f"demo_{job['trial']}"]
-        return demo["states"][0], demo["actions"][()].astype(np.float64)
+        demonstration = file["data"][f"demo_{job['trial']}"]
+        return demonstration["states"][0], demonstration["actions"][()].astype(np.float64)
+
+
+def is_noop(action: np.ndarray, previous: np.ndarray | None, threshold: float = 1e-4) -> bool:
+    """True if an action (A,) moves nothing: no motion, and the gripper as in the last action that was kept."""
+    stands_still = np.linalg.norm(action[:-1]) < threshold
+    same_gripper = previous is None or action[-1] == previous[-1]
+    return bool(stands_still and same_gripper)
+
+
+def without_noops(actions: np.ndarray) -> np.ndarray:
+    """Return the actions (T, A) that move something, (fewer, A)."""
+    moving = []
+    previous = None
+    for action in actions:
+        if not is_noop(action, previous):
+            moving.append(action)
+            previous = action
+    return np.array(moving).reshape(-1, actions.shape[1])
+
+
+# -----------------------------------------------------------------------------
+# Replay
 
 
 def replay(sim: Simulator, job: dict, out: Path) -> dict:
-    """Replay one demonstration, to the end; if it still succeeds, write it to `out`. Returns what became of it."""
+    """
+    Replay one demonstration, to its end, and write it to `out` if it still succeeds. Returns the fields of its row.
+    Raises ValueError if it has nothing but no-ops.
+    """
     state, original = read_demonstration(job)
     actions = without_noops(original)
-    if not len(actions):
+    if len(actions) == 0:
         raise ValueError(f"{job['source']}, demonstration {job['trial']}: nothing but no-ops")
+
     sim.start(job["trial"], state)
-    seen: dict[str, list] = {key: [] for key in SHAPES if key != "action"}
+    images = []
+    wrist_images = []
+    states = []
+    joint_states = []
     for action in actions:
-        seen["image"].append(jpeg(sim.picture("image")))
-        seen["wrist_image"].append(jpeg(sim.picture("wrist_image")))
-        seen["state"].append(sim.state())
-        seen["joint_state"].append(sim.obs["robot0_joint_pos"].astype(np.float32))
+        images.append(encode_jpeg(sim.image("image")))
+        wrist_images.append(encode_jpeg(sim.image("wrist_image")))
+        states.append(sim.state())
+        joint_states.append(sim.obs["robot0_joint_pos"].astype(np.float32))
         sim.step(action)
+
     if sim.success:
-        vectors = {key: np.stack(seen.pop(key)) for key in ("state", "joint_state")}
-        episode = {**seen, **vectors, "action": actions.astype(np.float32), "instruction": sim.instruction}
-        write_atomically(out, lambda tmp: tmp.write_bytes(encode_episode(episode)))
-    return dict(success=bool(sim.success), steps=len(actions), noops=len(original) - len(actions))
+        episode = {
+            "image": images,
+            "wrist_image": wrist_images,
+            "state": np.stack(states),
+            "joint_state": np.stack(joint_states),
+            "action": actions.astype(np.float32),
+            "instruction": sim.instruction,
+        }
+        with atomic_write(out) as temporary:
+            temporary.write_bytes(encode_episode(episode))
+    return {
+        "success": bool(sim.success),
+        "steps": len(actions),
+        "noops": len(original) - len(actions),
+    }
 
 
-def assemble(folder: Path, suite: str, staged: list[Path]) -> Path:
-    """The replayed demonstrations as folder/SUITE_no_noops/1.0.0, in one split "train", as the modified_libero_rlds."""
-    records = {"train": (path.read_bytes() for path in staged)}
-    return write_examples(folder, records, SHAPES, f"{suite}_no_noops", shard=16)
+def play_demonstration(sim: Simulator, job: dict, conn: Connection, work: Path) -> dict:
+    """Replay a demonstration in a simulator's process, see `simulate` of workers.py."""
+    return replay(sim, job, demonstration_file(work, job))
+
+
+def assemble(folder: Path, suite: str, replayed: list[Path]) -> Path:
+    """Write folder/SUITE_no_noops/1.0.0 with all in one split "train", as the modified_libero_rlds sets are."""
+    records = {"train": (path.read_bytes() for path in replayed)}
+    return write_examples(folder, records, SHAPES, name=f"{suite}_no_noops", shard=16)
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def main(cfg: Config):
+    if cfg.task_suite not in SUITES:
+        fail(f"--task_suite {cfg.task_suite}: must be one of {', '.join(SUITES)}")
+    if not cfg.source:
+        fail("give --source: a folder with raw NAME_demo.hdf5 files, or a run of eval_libero.py")
+    if cfg.num_envs < 1:
+        fail(f"--num_envs {cfg.num_envs}: must be at least 1")
+    work = Path(cfg.out) / f".{cfg.task_suite}_no_noops"  # what has been replayed so far
+    try:
+        set_up_libero(cfg.assets)
+        jobs = find_demonstrations(Path(cfg.source), cfg.task_suite, parse_tasks(cfg.tasks, cfg.task_suite))
+        protocol = {
+            "regenerate": cfg.source,
+            "task_suite": cfg.task_suite,
+            "settle_steps": SETTLE,
+            **versions(),
+        }
+        open_run(work, protocol)
+        left = unfinished(jobs, read_rows(work / "episodes.jsonl"))
+        if left:
+            look_at_simulator(work, cfg.task_suite, cfg.assets, needs_images=True)
+        warnings = read_warnings(work)
+    except (ValueError, OSError) as error:
+        fail(error)
+    for text in warnings:
+        warn(text)
+
+    if left:
+        play = partial(play_demonstration, work=work)
+        cameras = tuple(CAMERAS)
+        blind = False
+        play_jobs(left, cfg.num_envs, (play, cfg.task_suite, cfg.assets, cameras, blind), None, work)
+    rows = read_rows(work / "episodes.jsonl")
+    write_dataset(cfg, work, rows)
+    if any("error" in row for row in rows):
+        raise SystemExit(1)
+
+
+def write_dataset(cfg: Config, work: Path, rows: list[dict]):
+    """Print what became of the demonstrations, and write the dataset unless one of them ended in an error."""
+    errors = [row for row in rows if "error" in row]
+    successes = [row for row in rows if row.get("success")]
+    for row in errors:
+        warn(f"task {row['task']}, demonstration {row['trial']}: {row['error']}")
+    num_noops = sum(row.get("noops", 0) for row in rows)
+    print(f"{len(rows)} demonstrations: {len(successes)} succeed when replayed, {num_noops} no-ops left out")
+
+    if errors:
+        warn(f"{len(errors)} ended in an error, the dataset is not written; the same command again repeats them")
+    elif successes:
+        replayed = [demonstration_file(work, row) for row in successes]
+        print(assemble(Path(cfg.out), cfg.task_suite, replayed))
+    else:
+        warn("nothing to write")
+
+
+if __name__ == "__main__":
+    main(configure(Config))

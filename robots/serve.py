@@ -1,18 +1,26 @@
 """
-A policy behind HTTP: pictures and words in, actions out, for many robots at once.
+A policy behind HTTP: images and an instruction in, actions out, for many robots at once.
 
     pip install -r requirements-serve.txt
-    python serve.py --checkpoint openvla-7b --port 8000
+    python -m robots.serve --checkpoint openvla-7b --port 8000
 
-    POST /act     json-numpy {"image", "instruction", "unnorm_key"?, "state"?}, as to vla-scripts/deploy.py of
-                  github.com/openvla/openvla, also as {"encoded": text}; answers the action (A,), or (K, A) of an OFT
-                  policy, the same way. "image" may be a list of an OFT policy's pictures.
-                  Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` (JSON); answers plain JSON
-    GET  /health  whether it is up, and how many requests it has taken and not yet answered
-    GET  /info    checkpoint, datasets and the ranges of their actions, how pictures are prepared
+    POST /act     json-numpy {"image", "instruction", "unnorm_key"?, "state"?}, as for vla-scripts/deploy.py of
+                  github.com/openvla/openvla, also wrapped as {"encoded": text}. The answer is the action (A,), or the
+                  chunk (K, A) of an OFT policy, in the same form. "image" is a list if an OFT policy takes several.
+                  Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` (JSON); answers plain JSON.
+    GET  /health  whether the server is up, and how many requests it has taken and not yet answered
+    GET  /info    the checkpoint, its datasets and the ranges of their actions, how images are prepared
 
-Who asks within `wait_ms` of each other is answered in one pass. What is wrong with a request is said with a 4xx; a full
-queue is a 429. SIGTERM: nothing new is taken, what was taken is answered.
+The way of a request, which this file follows from top to bottom:
+
+    bytes -> parse_json or parse_form -> payload -> make_request -> request -> Service.queue
+    -> next_batch -> answer_batch -> action -> encode_answer -> bytes
+
+Requests that arrive within `wait_ms` of each other are answered in one pass of the model. A request that is wrong gets
+a 4xx that says why; when the queue is full, further ones get a 429. After SIGTERM no new request is taken, and those
+that were taken are answered.
+
+Axes: H height, W width, K actions of a chunk, A action dimensions, P numbers of the robot's state.
 """
 
 import asyncio
@@ -32,13 +40,21 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-from checkpoint import check_folder
+from checkpoint import open_checkpoint
 from configurator import configure, fail
 from image import to_rgb
-from oft import predict_chunk
-from sample import Policy, check_length, dataset_stats, load, no_record, pick_device, pick_dtype
+from policy import (
+    Policy,
+    check_length,
+    dataset_stats,
+    load_policy,
+    missing_preprocessing_note,
+    pick_device,
+    pick_dtype,
+    predict_chunk,
+)
+from progress import show_progress
 
 
 @dataclass
@@ -46,297 +62,491 @@ class Config:
     checkpoint: str = ""  # folder in Hugging Face layout, LoRA run or OFT folder
     host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines; then give a token
     port: int = 8000
-    unnorm_key: str = ""  # of requests without one; may be left out if the checkpoint has one
+    unnorm_key: str = ""  # for requests without one; may be left out if the checkpoint has one dataset
     center_crop: bool | None = None  # None: as the checkpoint says that it was trained
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16
     token: str = ""  # ask for "Authorization: Bearer TOKEN"; "": what OPENVLA_TOKEN holds, if anything
     max_batch: int = 16  # requests in one pass
-    wait_ms: float = 4.0  # how long the first of a batch waits for others
+    wait_ms: float = 4.0  # how long the first request of a batch waits for others
     queue: int = 64  # requests that may wait; further ones get a 429
-    max_mb: float = 32.0  # of a request's body
-    max_megapixels: float = 9.0  # of a picture
+    max_mb: float = 32.0  # size of a request's body
+    max_megapixels: float = 9.0  # size of an image
 
 
-MAX_SIDE = 8192  # pixels: resizing takes memory by the side, not the area
-READ_S = 30  # seconds that a request may take to arrive
-NUMBERS = re.compile(r"[<>|=]?[uif][1248]|u?int(8|16|32|64)|float(16|32|64)")  # dtypes; numpy crashes on some others
+MAX_SIDE = 8192  # pixels: the memory that resizing takes grows with the side, not with the area
+READ_SECONDS = 30  # how long a request may take to arrive
+NUMBER_DTYPE = re.compile(r"[<>|=]?[uif][1248]|u?int(8|16|32|64)|float(16|32|64)")  # numpy crashes on some others
+
+# In which form a request came, and so in which its answer goes back
+JSON = "json"
+ENCODED = "encoded"  # JSON in a string in JSON
+FORM = "form"
 
 
 class Refused(Exception):
-    """A request that cannot be answered: HTTP status and reason."""
+    """A request that is not answered with an action, but with an HTTP status and a reason."""
 
-    def __init__(self, status: int, reason: str):
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None):
         super().__init__(reason)
         self.status = status
+        self.headers = headers
 
 
 # -----------------------------------------------------------------------------
-# Requests: bytes -> {"images", "instruction", "unnorm_key", "state"}
+# Bytes -> payload {"images", "instruction", "unnorm_key", "state"}. Runs in a thread: images take time to unpack.
+
+
+def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, str]:
+    """Return the payload of a JSON request, and its form: JSON or ENCODED. Raises Refused."""
+    try:
+        content = json.loads(body)
+        is_encoded = isinstance(content, dict) and "encoded" in content
+        if is_encoded:
+            content = json.loads(content["encoded"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused(400, f"not JSON: {error!s:.200}") from None
+    if not isinstance(content, dict):
+        raise Refused(422, f'a request is {{"image": array, "instruction": text}}, this is {type(content).__name__}')
+
+    arrays = content.get("image")
+    if not isinstance(arrays, list):
+        arrays = [arrays]
+    if not arrays or not all(is_array(entry) for entry in arrays):
+        raise Refused(422, '"image" is missing, or not in json-numpy\'s form: json_numpy.patch(), then post the array')
+    check_num_images(len(arrays), num_images)
+    images = [decode_array(entry) for entry in arrays]
+    for image in images:
+        height, width = (*image.shape, 1, 1)[:2]
+        check_size(width, height, max_pixels)
+
+    state = content.get("state")
+    if isinstance(state, dict):
+        state = decode_array(state)
+    payload = {
+        "images": images,
+        "instruction": content.get("instruction"),
+        "unnorm_key": content.get("unnorm_key"),
+        "state": state,
+    }
+    return payload, ENCODED if is_encoded else JSON
+
+
+def parse_form(fields: dict[str, str], files: list[bytes], num_images: int, max_pixels: float) -> dict:
+    """Return the payload of a multipart request, from its fields and the files named `image`. Raises Refused."""
+    check_num_images(len(files), num_images)
+    state = None
+    if fields.get("state"):
+        try:
+            state = json.loads(fields["state"])
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Refused(422, f"`state` is not a list of numbers: {error!s:.200}") from None
+    return {
+        "images": [parse_image(data, max_pixels) for data in files],
+        "instruction": fields.get("instruction"),
+        "unnorm_key": fields.get("unnorm_key"),
+        "state": state,
+    }
+
+
+def parse_image(data: bytes, max_pixels: float) -> np.ndarray:
+    """Decode an image file, (H, W, 3) uint8. Its size is read from its header and checked before it is unpacked."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        check_size(image.width, image.height, max_pixels)
+        image.load()
+        return to_rgb(image)
+    except Refused:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(413, str(error)) from None
+    except UnidentifiedImageError:
+        raise Refused(422, "no PNG or JPEG") from None
+    except Exception as error:  # PIL raises all kinds for broken files
+        raise Refused(422, f"a broken image: {error!s:.200}") from None
+
+
+def is_array(entry) -> bool:
+    """True if a value in JSON looks like an array in json-numpy's form."""
+    return isinstance(entry, dict) and "__numpy__" in entry
 
 
 def decode_array(entry: dict) -> np.ndarray:
-    """One array in json-numpy's form {"__numpy__": base64, "dtype", "shape"}."""
+    """Return the array that stands in json-numpy's form {"__numpy__": base64, "dtype", "shape"}. Raises Refused."""
     try:
-        if not NUMBERS.fullmatch(entry["dtype"]):
+        if not NUMBER_DTYPE.fullmatch(entry["dtype"]):
             raise ValueError(f"dtype {entry['dtype']!r:.40} is no plain number's")
-        data, dtype = base64.b64decode(entry["__numpy__"], validate=True), np.dtype(entry["dtype"])
+        dtype = np.dtype(entry["dtype"])
         shape = [int(n) for n in entry["shape"]]
-        if len(shape) > 4 or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+        data = base64.b64decode(entry["__numpy__"], validate=True)
+
+        is_shape = len(shape) <= 4 and min(shape, default=0) >= 0
+        if not is_shape or math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"{len(data)} bytes are no {dtype} array of shape {shape!r:.80}")
         return np.frombuffer(data, dtype).reshape(shape)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused(422, f"not an array in json-numpy's form: {error!s:.200}") from None
 
 
-def check_size(width: int, height: int, limit: float):
-    if width * height > limit or max(width, height) > MAX_SIDE:
-        raise Refused(413, f"a picture of {width} x {height}; at most {limit / 1e6:g} megapixels, {MAX_SIDE} a side")
-
-
 def encode_array(array: np.ndarray) -> dict:
+    """Return an array in json-numpy's form, the inverse of `decode_array`."""
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
 
 
-def parse_json(body: bytes, views: int, limit: float) -> tuple[dict, bool]:
-    """-> the request, and whether it was encoded twice."""
-    try:
-        payload = json.loads(body)
-        if twice := isinstance(payload, dict) and "encoded" in payload:
-            payload = json.loads(payload["encoded"])
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Refused(400, f"not JSON: {error!s:.200}") from None
-    if not isinstance(payload, dict):
-        raise Refused(422, 'a request is {"image": array, "instruction": text}, this is ' + type(payload).__name__)
-    images = payload.get("image")
-    images = images if isinstance(images, list) else [images]
-    if not images or not all(isinstance(i, dict) and "__numpy__" in i for i in images):
-        raise Refused(422, '"image" is missing, or not in json-numpy\'s form: json_numpy.patch(), then post the array')
-    check_views(len(images), views)
-    images = [decode_array(i) for i in images]
-    for image in images:
-        check_size(*[*image.shape[1::-1], 1, 1][:2], limit)
-    state = payload.get("state")
-    state = decode_array(state) if isinstance(state, dict) else state
-    return {**payload, "images": images, "state": state}, twice
+def check_num_images(found: int, expected: int):
+    """Raise Refused if a request has another number of images than the policy takes."""
+    if found != expected:
+        raise Refused(422, f"{found} images in `image`; this policy takes {expected}")
 
 
-def parse_form(form: dict, files: list[bytes], views: int, limit: float) -> dict:
-    check_views(len(files), views)
-    try:
-        state = json.loads(form["state"]) if form.get("state") else None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Refused(422, f"`state` is not a list of numbers: {error!s:.200}") from None
-    images = [parse_picture(data, limit) for data in files]
-    return {"images": images} | {k: form.get(k) for k in ("instruction", "unnorm_key")} | {"state": state}
-
-
-def parse_picture(data: bytes, limit: float) -> np.ndarray:
-    """A picture file; how large it is stands in its header, and is looked at before anything is unpacked."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        check_size(image.width, image.height, limit)
-        image.load()
-        return to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(413, str(error)) from None
-    except Refused:
-        raise
-    except Exception as error:  # PIL raises all kinds for broken files
-        what = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else f"a broken picture: {error!s:.200}"
-        raise Refused(422, what) from None
-
-
-def check_views(found: int, views: int):
-    if found != views:
-        raise Refused(422, f"{found} pictures in `image`; this policy looks at {views}")
-
-
-def check(payload: dict, policy: Policy, cfg: Config, config) -> dict:
-    """The request as `act` wants it. Raises Refused with what is wrong."""
-    instruction, key, oft = payload.get("instruction"), payload.get("unnorm_key"), getattr(policy.model, "oft", None)
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise Refused(422, f'"instruction" must be a text, got {instruction!r:.80}')
-    if not isinstance(key or "", str):
-        raise Refused(422, f'"unnorm_key" must be a text, got {key!r:.80}')
-    try:
-        stats = dataset_stats(policy.norm_stats, key or cfg.unnorm_key, policy.checkpoint)
-        if len(instruction) > 4 * config.text.max_position_embeddings:
-            raise ValueError(f"an instruction of {len(instruction)} letters does not fit into the context")
-        prompt = policy.tokenizer.encode_prompt(instruction)
-        new = oft.action_chunk * oft.action_dim + 1 + bool(oft.proprio_dim) if oft else len(stats["action"]["q01"])
-        check_length(config, prompt, new, len(payload["images"]))
-        state = check_oft(oft, payload, stats) if oft else None
-        images = [to_rgb(image) for image in payload["images"]]
-        if min(min(image.shape[:2]) for image in images) < 1:
-            raise ValueError("an empty picture")
-    except (ValueError, TypeError, UnicodeError, OverflowError) as error:
-        raise Refused(422, f"{error!s:.300}") from None
-    return dict(images=images, instruction=instruction, unnorm_key=key or cfg.unnorm_key, state=state)
-
-
-def check_oft(oft, payload: dict, stats: dict) -> np.ndarray | None:
-    """What only an OFT policy wants: statistics of its sizes, and the state (P,)."""
-    sizes = len(stats["action"]["q01"]), len(stats.get("proprio", {"q01": ()})["q01"]) if oft.proprio_dim else 0
-    if sizes != (oft.action_dim, oft.proprio_dim):
-        raise ValueError(f"this dataset's actions and states have {sizes} numbers, the policy's {oft}")
-    if not oft.proprio_dim:
-        return None
-    state = np.asarray(payload["state"], np.float64)
-    if state.shape != (oft.proprio_dim,) or not np.isfinite(state).all():
-        raise ValueError(f'"state" must be {oft.proprio_dim} finite numbers, got {payload["state"]!r:.80}')
-    return state
+def check_size(width: int, height: int, max_pixels: float):
+    """Raise Refused if an image is too large."""
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise Refused(
+            413, f"an image of {width} x {height}; at most {max_pixels / 1e6:g} megapixels, {MAX_SIDE} a side"
+        )
 
 
 # -----------------------------------------------------------------------------
-# Answers
+# Payload -> request, of which everything is checked that the model could fail on
 
 
-def act(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray | Exception]:
-    """One pass for each dataset that is asked for -> (A,) or, of an OFT policy, (K, A) per request; or its error."""
-    answers, groups = [None] * len(requests), defaultdict(list)
+def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
+    """
+    Return the request as `answer_batch` takes it: images, (H, W, 3) uint8 each, instruction, unnorm_key, and state (P,)
+    or None. Raises ValueError, TypeError or OverflowError that says what is wrong.
+    """
+    instruction = payload["instruction"]
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ValueError(f'"instruction" must be a text, got {instruction!r:.80}')
+    unnorm_key = payload["unnorm_key"] or cfg.unnorm_key
+    if not isinstance(unnorm_key, str):
+        raise ValueError(f'"unnorm_key" must be a text, got {unnorm_key!r:.80}')
+
+    stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
+    check_instruction(instruction, policy, len(stats["action"]["q01"]))
+    state = None
+    if policy.is_oft:
+        check_dimensions(policy, stats)
+        state = check_state(payload["state"], policy.state_dim)
+    return {
+        "images": [to_rgb(image) for image in payload["images"]],
+        "instruction": instruction,
+        "unnorm_key": unnorm_key,
+        "state": state,
+    }
+
+
+def check_instruction(instruction: str, policy: Policy, action_dim: int):
+    """Raise ValueError if images, instruction and answer do not fit into the model's context."""
+    config = policy.vla.cfg
+    if len(instruction) > 4 * config.text.max_position_embeddings:  # not even tokenized
+        raise ValueError(f"an instruction of {len(instruction)} letters does not fit into the context")
+
+    new_tokens = action_dim
+    if policy.is_oft:
+        new_tokens = policy.action_chunk * policy.model.oft.action_dim + 1  # placeholders and </s>
+        if policy.state_dim:
+            new_tokens += 1
+    prompt = policy.tokenizer.encode_prompt(instruction)
+    check_length(config, prompt, new_tokens, policy.num_images)
+
+
+def check_dimensions(policy: Policy, stats: dict):
+    """Raise ValueError if an OFT policy has other dimensions than the dataset whose statistics are asked for."""
+    found = [len(stats["action"]["q01"]), 0]
+    if policy.state_dim and "proprio" in stats:
+        found[1] = len(stats["proprio"]["q01"])
+    expected = [policy.model.oft.action_dim, policy.state_dim]
+    if found != expected:
+        raise ValueError(
+            f"this dataset has {found[0]} numbers of an action and {found[1]} of the state, the policy has "
+            f"{expected[0]} and {expected[1]}; choose another unnorm_key"
+        )
+
+
+def check_state(state, state_dim: int) -> np.ndarray | None:
+    """Return the robot's state (P,) float64; None for a policy that takes none. Raises ValueError if it is wrong."""
+    if not state_dim:
+        return None
+    array = np.asarray(state, np.float64)
+    if array.shape != (state_dim,) or not np.isfinite(array).all():
+        raise ValueError(f'"state" must be {state_dim} finite numbers, got {state!r:.80}')
+    return array
+
+
+# -----------------------------------------------------------------------------
+# Requests -> actions. Runs in the one thread that the model has.
+
+
+def answer_batch(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray | Exception]:
+    """
+    Return the answer to each request: its action (A,) or, of an OFT policy, its chunk (K, A); or the error that it
+    caused. One pass of the model answers all requests for the same dataset.
+    """
+    groups = defaultdict(list)  # unnorm_key -> numbers of the requests
     for i, request in enumerate(requests):
         groups[request["unnorm_key"]].append(i)
+
+    answers = [None] * len(requests)
     for numbers in groups.values():
-        try:
-            chunks = ask(policy, [requests[i] for i in numbers], crop)
-        except Exception as error:  # whatever it was, it is one request's; who asked must hear of it, the others not
-            chunks = [error] if len(numbers) == 1 else [act(policy, [requests[i]], crop)[0] for i in numbers]
-        for i, chunk in zip(numbers, chunks, strict=True):
-            fine = isinstance(chunk, Exception) or np.isfinite(chunk).all()
-            answers[i] = chunk if fine else ValueError("the policy's answer is not finite")
+        group_answers = answer_group(policy, [requests[i] for i in numbers], crop)
+        for i, answer in zip(numbers, group_answers, strict=True):
+            answers[i] = answer
     return answers
 
 
-def ask(policy: Policy, some: list[dict], crop: bool | None) -> list[np.ndarray]:
-    states = None if some[0]["state"] is None else np.stack([r["state"] for r in some])
-    pictures, words = [r["images"] for r in some], [r["instruction"] for r in some]
-    chunks = predict_chunk(policy, pictures, words, states, some[0]["unnorm_key"], crop)
-    return list(chunks if hasattr(policy.model, "oft") else chunks[:, 0])
+def answer_group(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray | Exception]:
+    """Return the answers to requests for the same dataset."""
+    try:
+        actions = predict(policy, requests, crop)
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+        # One of them is to blame. Each is asked alone, so that only this one is told of the error.
+        return [answer_group(policy, [request], crop)[0] for request in requests]
+
+    answers = []
+    for action in actions:
+        if np.isfinite(action).all():
+            answers.append(action)
+        else:
+            answers.append(ValueError("the policy's answer is not finite"))
+    return answers
 
 
-async def answer_all(waiting: asyncio.Queue, policy: Policy, cfg: Config):
-    """Take who waits, up to max_batch of those who come within wait_ms, and answer them; for ever."""
-    loop, model = asyncio.get_running_loop(), ThreadPoolExecutor(1)
-    while True:
-        batch, end = [await waiting.get()], loop.time() + cfg.wait_ms / 1e3
-        while len(batch) < cfg.max_batch:
+def predict(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray]:
+    """Return the policy's actions for requests for the same dataset, from one pass."""
+    images = [request["images"] for request in requests]
+    instructions = [request["instruction"] for request in requests]
+    states = None
+    if policy.state_dim:
+        states = np.stack([request["state"] for request in requests])  # (B, P)
+    chunks = predict_chunk(policy, images, instructions, states, requests[0]["unnorm_key"], crop)  # (B, K, A)
+    if policy.is_oft:
+        return list(chunks)
+    return list(chunks[:, 0])
+
+
+# -----------------------------------------------------------------------------
+# The service: what all requests share, and the way of one of them
+
+
+class Service:
+    """The policy, and the requests on their way to it."""
+
+    def __init__(self, policy: Policy, cfg: Config):
+        self.policy = policy
+        self.cfg = cfg
+        self.queue = asyncio.Queue(cfg.queue)  # of (request, future of its answer)
+        self.taken = set()  # futures of the requests that have been taken and not yet answered
+
+    async def act(self, http):
+        """Return the JSON content that answers an HTTP request (starlette's Request). Raises Refused."""
+        if self.queue.full():
+            raise self.too_busy()
+        try:
+            payload, form = await asyncio.wait_for(self.read(http), READ_SECONDS)
+        except asyncio.TimeoutError:  # noqa: UP041  in Python 3.10 it is not the built-in one
+            raise Refused(408, f"the request did not arrive within {READ_SECONDS} s") from None
+        try:
+            request = await asyncio.to_thread(make_request, payload, self.policy, self.cfg)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise Refused(422, f"{error!s:.300}") from None
+        action = await self.wait_for_answer(request, http)
+        return encode_answer(action, request["unnorm_key"], form)
+
+    # Bytes -> payload
+
+    async def read(self, http) -> tuple[dict, str]:
+        """Return the payload of an HTTP request, and its form: JSON, ENCODED or FORM. Raises Refused."""
+        size = http.headers.get("content-length", "")
+        if not size.isdigit() or "transfer-encoding" in http.headers:
+            raise Refused(411, "say how long the request is (Content-Length)")
+        if int(size) > self.cfg.max_mb * 1e6:
+            raise Refused(413, f"{int(size):,} bytes; at most {self.cfg.max_mb:g} MB")
+
+        num_images = self.policy.num_images
+        max_pixels = self.cfg.max_megapixels * 1e6
+        if http.headers.get("content-type", "").startswith("multipart/form-data"):
+            fields, files = await read_form(http)
+            return await asyncio.to_thread(parse_form, fields, files, num_images, max_pixels), FORM
+        body = await http.body()
+        return await asyncio.to_thread(parse_json, body, num_images, max_pixels)
+
+    # Request -> answer
+
+    async def wait_for_answer(self, request: dict, http) -> np.ndarray:
+        """Queue a request, and return its action when the model has answered it. Raises Refused."""
+        future = asyncio.get_running_loop().create_future()
+        try:
+            self.queue.put_nowait((request, future))
+        except asyncio.QueueFull:
+            raise self.too_busy() from None
+        self.taken.add(future)
+        future.add_done_callback(self.taken.discard)
+
+        # The request has been read to its end, so all that can still come is that the client hangs up.
+        hung_up = asyncio.create_task(http.receive())
+        hung_up.add_done_callback(lambda _: future.cancel())
+        try:
+            return await future
+        except asyncio.CancelledError:
+            raise Refused(400, "you have gone") from None
+        except Exception as error:
+            raise Refused(500, f"the model failed: {error}") from None
+        finally:
+            hung_up.cancel()
+
+    async def answer_forever(self):
+        """Take a batch of the waiting requests, answer it, and begin again."""
+        loop = asyncio.get_running_loop()
+        model_thread = ThreadPoolExecutor(1)
+        while True:
+            batch = await self.next_batch()
+            batch = [(request, future) for request, future in batch if not future.done()]  # done: the client hung up
+            requests = [request for request, _ in batch]
+            answers = await loop.run_in_executor(
+                model_thread, answer_batch, self.policy, requests, self.cfg.center_crop
+            )
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+    async def next_batch(self) -> list[tuple[dict, asyncio.Future]]:
+        """Wait for a request, and return it with those that come within `wait_ms`, at most `max_batch`."""
+        loop = asyncio.get_running_loop()
+        batch = [await self.queue.get()]
+        end = loop.time() + self.cfg.wait_ms / 1e3
+        while len(batch) < self.cfg.max_batch:
+            if not self.queue.empty():
+                batch.append(self.queue.get_nowait())
+                continue
             try:
-                batch.append(waiting.get_nowait() if waiting.qsize() else await asyncio.wait_for(
-                    waiting.get(), end - loop.time()))  # fmt: skip
-            except asyncio.TimeoutError:  # noqa: UP041  in Python 3.10 it is one of its own
+                batch.append(await asyncio.wait_for(self.queue.get(), end - loop.time()))
+            except asyncio.TimeoutError:  # noqa: UP041
                 break
-        batch = [(wanted, future) for wanted, future in batch if not future.done()]  # it is, of clients that hung up
-        answers = await loop.run_in_executor(model, act, policy, [wanted for wanted, _ in batch], cfg.center_crop)
-        for (_, future), answer in zip(batch, answers, strict=True):
-            if not future.done():
-                future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
+        return batch
+
+    def too_busy(self) -> Refused:
+        return Refused(429, f"{self.cfg.queue} requests are waiting; come again", {"Retry-After": "1"})
+
+    # What clients can ask about the server
+
+    def health(self) -> dict:
+        return {"ok": True, "waiting": len(self.taken)}
+
+    def info(self) -> dict:
+        policy = self.policy
+        ranges = {}
+        for unnorm_key, stats in policy.norm_stats.items():
+            ranges[unnorm_key] = {"q01": stats["action"]["q01"], "q99": stats["action"]["q99"]}
+        return {
+            "checkpoint": policy.checkpoint,
+            "actions": ranges,
+            "unnorm_key": self.cfg.unnorm_key,
+            "device": str(policy.device),
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "center_crop": self.cfg.center_crop,
+            "pictures": {"size": policy.processor.size, "trained_on": list(policy.processor.trained_on)},
+            "oft": asdict(policy.model.oft) if policy.is_oft else None,
+        }
+
+
+async def read_form(http) -> tuple[dict[str, str], list[bytes]]:
+    """Return the text fields of a multipart request, and the files named `image`. Raises Refused."""
+    from starlette.exceptions import HTTPException
+
+    try:
+        form = await http.form(max_files=8, max_fields=8)
+    except HTTPException as error:
+        raise Refused(400, f"not a form: {error.detail}") from None
+
+    fields = {key: value for key, value in form.items() if isinstance(value, str)}
+    uploads = [value for value in form.getlist("image") if not isinstance(value, str)]
+    files = [await upload.read() for upload in uploads]
+    return fields, files
+
+
+def encode_answer(action: np.ndarray, unnorm_key: str, form: str):
+    """Return the JSON content of an answer, in the form of its request."""
+    if form == FORM:
+        return {"action": action.tolist(), "unnorm_key": unnorm_key}
+    if form == ENCODED:
+        return json.dumps(encode_array(action))
+    return encode_array(action)
+
+
+# -----------------------------------------------------------------------------
+# The application and the command
 
 
 def make_app(policy: Policy, cfg: Config):
-    """The FastAPI application."""
+    """Return the FastAPI application: its addresses, and what it says when something is wrong."""
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
-    from starlette.datastructures import UploadFile
-    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
-    config, token = check_folder(policy.checkpoint), token_of(cfg)
-    views = policy.model.oft.num_images if hasattr(policy.model, "oft") else 1
-    busy = JSONResponse({"error": f"{cfg.queue} requests are waiting; come again"}, 429, {"Retry-After": "1"})
-    waiting: asyncio.Queue = asyncio.Queue(cfg.queue)
-    pixels, taken = cfg.max_megapixels * 1e6, set()  # futures of the requests that are to be answered
+    service = Service(policy, cfg)
+    token = token_of(cfg)
 
     @asynccontextmanager
     async def lifespan(app):
-        worker = asyncio.create_task(answer_all(waiting, policy, cfg))
+        worker = asyncio.create_task(service.answer_forever())
         yield  # uvicorn comes back when all that it took is answered
         worker.cancel()
 
     app = FastAPI(title="OpenVLA", lifespan=lifespan)
 
     @app.middleware("http")
-    async def guard(request: Request, call_next):
-        given = request.headers.get("authorization", "").encode()
+    async def guard(http: Request, call_next):
+        given = http.headers.get("authorization", "").encode()
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             return JSONResponse({"error": "wrong or missing token: Authorization: Bearer TOKEN"}, 401)
         try:
-            return await call_next(request)
-        except Refused as error:
-            return JSONResponse({"error": str(error)}, error.status)
+            return await call_next(http)
+        except Refused as refused:
+            return JSONResponse({"error": str(refused)}, refused.status, refused.headers)
         except ClientDisconnect:
             return JSONResponse({"error": "you have gone"}, 400)
         except Exception:
             traceback.print_exc()
             return JSONResponse({"error": "the server failed; its log says how"}, 500)
 
-    async def read(request: Request) -> tuple[dict, str]:
-        """The request's content, and how to write the answer: json, twice or form."""
-        size, kind = request.headers.get("content-length", ""), request.headers.get("content-type", "")
-        if not size.isdigit() or "transfer-encoding" in request.headers:
-            raise Refused(411, "say how long the request is (Content-Length)")
-        if int(size) > cfg.max_mb * 1e6:
-            raise Refused(413, f"{int(size):,} bytes; at most {cfg.max_mb:g} MB")
-        if not kind.startswith("multipart/form-data"):
-            payload, twice = await asyncio.to_thread(parse_json, await request.body(), views, pixels)
-            return payload, "twice" if twice else "json"
-        try:
-            form = await request.form(max_files=8, max_fields=8)
-        except HTTPException as error:
-            raise Refused(400, f"not a form: {error.detail}") from None
-        files = [await f.read() for f in form.getlist("image") if isinstance(f, UploadFile)]
-        fields = {k: v for k, v in form.items() if isinstance(v, str)}
-        return await asyncio.to_thread(parse_form, fields, files, views, pixels), "form"
-
     @app.post("/act")
-    async def take(request: Request):
-        if waiting.full():
-            return busy
-        try:
-            payload, kind = await asyncio.wait_for(read(request), READ_S)
-        except asyncio.TimeoutError:  # noqa: UP041
-            raise Refused(408, f"the request did not arrive within {READ_S} s") from None
-        wanted = await asyncio.to_thread(check, payload, policy, cfg, config)
-        future = asyncio.get_running_loop().create_future()
-        try:
-            waiting.put_nowait((wanted, future))
-        except asyncio.QueueFull:
-            return busy
-        taken.add(future)
-        future.add_done_callback(taken.discard)
-        hung_up = asyncio.create_task(request.receive())  # nothing else can come any more
-        hung_up.add_done_callback(lambda _: future.cancel())
-        try:
-            action = await future
-        except asyncio.CancelledError:
-            raise ClientDisconnect from None
-        except Exception as error:
-            return JSONResponse({"error": f"the model failed: {error}"}, 500)
-        finally:
-            hung_up.cancel()
-        if kind == "form":
-            return JSONResponse({"action": action.tolist(), "unnorm_key": wanted["unnorm_key"]})
-        return JSONResponse(json.dumps(encode_array(action)) if kind == "twice" else encode_array(action))
+    async def act(http: Request):
+        return JSONResponse(await service.act(http))
 
     @app.get("/health")
     async def health():
-        return {"ok": True, "waiting": len(taken)}
+        return service.health()
 
     @app.get("/info")
     async def info():
-        ranges = {k: {q: s["action"][q] for q in ("q01", "q99")} for k, s in policy.norm_stats.items()}
-        weight, oft = next(policy.model.parameters()), getattr(policy.model, "oft", None)
-        how = dict(device=str(weight.device), dtype=str(weight.dtype).removeprefix("torch."))
-        pictures = dict(size=policy.processor.size, trained_on=list(policy.processor.trained_on or []))
-        how |= dict(center_crop=cfg.center_crop, pictures=pictures, oft=asdict(oft) if oft else None)
-        return dict(checkpoint=policy.checkpoint, actions=ranges, unnorm_key=cfg.unnorm_key, **how)
+        return service.info()
 
     return app
 
 
 def token_of(cfg: Config) -> str:
+    """Return the token that clients must give; "" for none."""
     return cfg.token or os.environ.get("OPENVLA_TOKEN", "")
+
+
+def import_server():
+    """Return the module uvicorn. Ends the program with a hint if a package of the server is not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ModuleNotFoundError as error:
+        fail(f"{error}; pip install -r requirements-serve.txt")
+    return uvicorn
 
 
 def main(cfg: Config):
@@ -344,27 +554,28 @@ def main(cfg: Config):
         fail("give --checkpoint FOLDER")
     if not 0 < cfg.port < 65536:
         fail(f"--port {cfg.port}: must be 1 to 65535")
-    if cfg.host not in ("127.0.0.1", "localhost", "::1") and not token_of(cfg):
+    is_local = cfg.host in ("127.0.0.1", "localhost", "::1")
+    if not is_local and not token_of(cfg):
         fail(f"--host {cfg.host} lets other machines command the robot; give a --token, too")
-    try:
-        import fastapi  # noqa: F401  what is missing is said before the weights are read
-        import python_multipart  # noqa: F401
-        import uvicorn
+    uvicorn = import_server()
 
-        dtype, config = pick_dtype(cfg.dtype), check_folder(cfg.checkpoint)
+    try:
+        # Everything that can be wrong is found before any weight is read.
+        dtype = pick_dtype(cfg.dtype)
+        device = pick_device(cfg.device)
+        checkpoint = open_checkpoint(cfg.checkpoint)
         if cfg.unnorm_key:
-            dataset_stats(config.extra["norm_stats"], cfg.unnorm_key, cfg.checkpoint)
-        bar = lambda names: tqdm(names, "loading", unit=" tensors", leave=False)  # noqa: E731
-        policy = load(cfg.checkpoint, dtype, pick_device(cfg.device), bar)
-        if cfg.center_crop is None and (text := no_record(policy)):
-            print(f"warning: {text}", file=sys.stderr)
-        app = make_app(policy, cfg)
-    except ModuleNotFoundError as error:
-        fail(f"{error}; pip install -r requirements-serve.txt")
+            dataset_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
+        policy = load_policy(checkpoint, dtype, device, show_progress)
     except (ValueError, OSError) as error:
         fail(error)
-    most = cfg.queue + cfg.max_batch + 64  # connections; further ones get a 503
-    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", limit_concurrency=most)
+    note = missing_preprocessing_note(policy)
+    if note and cfg.center_crop is None:
+        print(f"warning: {note}", file=sys.stderr)
+
+    max_connections = cfg.queue + cfg.max_batch + 64  # further ones get a 503
+    app = make_app(policy, cfg)
+    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", limit_concurrency=max_connections)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
 """
 The same greedy tokens in fewer passes through the model and, on a GPU, without Python between its kernels.
 
-Decoding one token after another reads all weights once a token. Here a draft (the robot's last action: robots move
-smoothly) stands in all places from the start, and one pass tells what greedy decoding would write in each place if
-what stands before it is right. All up to and including the first difference is settled; the rest of that answer is
-the next draft. A draft cannot change the result, only save passes; the worst one takes as many as none.
+    engine = Engine(policy.model)
+    tokens, passes = engine.generate(input_ids, pixel_values, 7, draft=tokens_of_the_last_action)
+
+Decoding one token after another reads all weights once for each token. Here a draft fills the places of all tokens
+from the start, for example with the robot's last action, because robots move smoothly. One pass then tells for each
+place which token greedy decoding would generate there, if the tokens before it are right. All answers up to and
+including the first difference are settled. The rest of the answers is the next draft. A draft cannot change the
+result, it only saves passes; the worst draft takes as many passes as no draft.
 
     draft    d0 d1 d2 d3 d4 d5 d6        pass: [<s>, patches, prompt ... 29871, d0 ... d5] -> answers a0 ... a6
     answer   a0 a1 a2 a3 a4 a5 a6        d0 = a0, d1 = a1, d2 != a2: a0, a1, a2 are settled, a3 ... a6 drafted next
 
-Only rounding differs, as it does between batch sizes: where two logits are nearer than that, either may win.
+Only rounding differs, as it does between batch sizes: if two logits are closer than that, either token may win.
 
 Speculative decoding https://arxiv.org/abs/2211.17192, Jacobi decoding https://arxiv.org/abs/2305.10427, CUDA graphs
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
-Axes: B batch, T text tokens, S = patches + T, n tokens of an action, w tokens of a draft in one pass, L keys, D width.
+Axes: B batch, T text tokens, S = patches + T, n tokens of an action, w tokens in one pass, L keys, D width.
 """
 
 import copy
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -28,156 +32,280 @@ from torch import Tensor
 from model import OpenVLA
 from tokenizer import NUM_BINS, PAD, VOCAB_SIZE
 
-BUCKET = 16  # recorded passes have fixed shapes: prompts are padded to a multiple of this
-LARGE = 2**17  # weights of a layer from which on oneDNN is the faster one
+PROMPT_MULTIPLE = 16  # recorded passes have fixed shapes: prompts are padded to a multiple of this
+MIN_WEIGHTS_ONEDNN = 2**17  # from so many weights in a layer on, oneDNN is the faster one
+FIRST_ACTION_ID = VOCAB_SIZE - NUM_BINS
 
 
 class Engine:
     """
-    Decodes as `OpenVLA.generate` does, over the same weights; the model itself stays as it is. On CUDA each kind of
-    pass is recorded when its shape comes for the first time, which takes seconds, and kept with its cache: call
-    `generate` once with a robot's instruction, and a draft if it will have drafts, before it moves. compile: have
-    torch.compile fuse what lies between the products. actions_only: choose among the 256 action ids alone. Off by
-    default, as it changes the answer of a model that would write another id: the best action id is written then, and
-    the warning of `sample.predict_action` never comes. Raises ValueError for a model with adapters, or an OFT.
+    Generates the tokens of `OpenVLA.generate`, over the same weights; the model itself stays as it is.
+
+    On CUDA each kind of pass is recorded when its shape comes for the first time, which takes seconds. So call
+    `generate` once with a robot's instruction before it moves, and with a draft if it will have drafts.
+
+    actions_only: choose among the 256 action ids alone. This changes the answer of a model that would generate another
+    id: you get the best action id then, and never the warning of `policy.predict_action`.
+    compile: let torch.compile fuse what lies between the matrix products.
+    Raises ValueError for a model with adapters, or an OFT policy.
     """
 
     def __init__(self, model: OpenVLA, actions_only: bool = False, compile: bool = False):
         if not isinstance(model, OpenVLA):
             raise ValueError(f"{type(model).__name__} is no token model; an OFT policy answers in one pass as it is")
         if any(hasattr(module, "lora_A") for module in model.modules()):
-            raise ValueError("the model has adapters; merge them first: finetune_lora.py --merge RUN --out FOLDER")
-        weights = (*model.parameters(), *model.buffers(), *model.unused.values())
-        self.model = copy.deepcopy(model, {id(w): w for w in weights})  # modules of its own, the same weights
-        self.actions_only, head = actions_only, model.language_model.lm_head.weight
-        self.records, self.recorded, self.caches = head.is_cuda, {}, {}  # on CUDA: passes and caches by shape
-        if head.device.type == "cpu" and head.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            for layer in self.model.modules():
-                if isinstance(layer, nn.Linear) and layer.weight.numel() >= LARGE:
-                    layer.forward = partial(multiply, layer)
+            raise ValueError("the model has adapters; merge them first: convert_weights.py merge-lora RUN OUT")
+        self.model = copy_modules(model)
+        self.actions_only = actions_only
+
+        weight = model.language_model.lm_head.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            use_onednn(self.model)
         if compile:
-            towers = (self.model.vision_backbone.featurizer, self.model.vision_backbone.fused_featurizer)
-            blocks = [block for vit in filter(None, towers) for block in vit.blocks]
-            for block in [*blocks, *self.model.language_model.model.layers]:
+            for block in self.model.transformer_blocks():
                 block.compile()  # one block's code serves all of its kind
 
+        self.records = weight.is_cuda
+        self.recorded: dict[tuple[int, int, int], Passes] = {}  # (B, S, n) -> passes, kept for their recordings
+
     @torch.inference_mode()
-    def generate(self, input_ids: Tensor, pixel_values: Tensor, n: int, lengths: Tensor | None = None, draft=None):
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        n: int,
+        lengths: Tensor | None = None,
+        draft: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         """
-        input_ids (B, T) padded on the right, lengths (B,) of real tokens (None: all T), draft (B, n) ids or None.
-        Returns tokens (B, n) int64 and the number of passes through the language model. Raises ValueError if the
-        context is too short or the draft has another shape.
+        Return n tokens for each prompt, (B, n) int64, and the number of passes through the language model.
+
+        input_ids: (B, T), padded on the right. lengths: (B,) numbers of real tokens; None: all T.
+        draft: (B, n), a guess of the tokens; None: generate one after another.
+        Raises ValueError if the context is too short or the draft has another shape.
         """
-        B, n_patches = len(input_ids), self.model.vision_backbone.featurizer.pos_embed.shape[1]
-        limit = self.model.cfg.text.max_position_embeddings
+        B = len(input_ids)
+        self.check(input_ids, n, draft)
+
+        if self.records:
+            if lengths is None:
+                lengths = input_ids.new_full((B,), input_ids.shape[1])
+            padding = -input_ids.shape[1] % PROMPT_MULTIPLE
+            input_ids = F.pad(input_ids, (0, padding), value=PAD)
+
+        num_patches = self.model.cfg.num_patches
+        S = num_patches + input_ids.shape[1]
+        ends = None if lengths is None else num_patches + lengths
+        passes = self.passes_for(B, S, n)
+
+        if draft is None:
+            tokens = passes.run(passes.generate_greedily, input_ids, pixel_values, ends)
+            return tokens, n
+        last_id = self.model.cfg.text.vocab_size - 1
+        draft = draft.to(input_ids.device).clamp(0, last_id)  # a number that is no id would be a wrong guess anyway
+        return passes.correct_draft(draft, input_ids, pixel_values, ends)
+
+    def check(self, input_ids: Tensor, n: int, draft: Tensor | None):
+        """Raise ValueError if the context is too short or the draft has another shape."""
+        B, T = input_ids.shape
         if draft is not None and draft.shape != (B, n):
             raise ValueError(f"the draft is {tuple(draft.shape)}, wanted {(B, n)}: an action's tokens for each row")
-        if (total := n_patches + input_ids.shape[1]) + n > limit:
+        total = self.model.cfg.num_patches + T
+        limit = self.model.cfg.text.max_position_embeddings
+        if total + n > limit:
             raise ValueError(f"prompt too long: {total} tokens with the image and {n} new, of {limit} at most")
-        if self.records:
-            lengths = input_ids.new_full((B,), input_ids.shape[1]) if lengths is None else lengths
-            input_ids = F.pad(input_ids, (0, -input_ids.shape[1] % BUCKET), value=PAD)
-        S = n_patches + input_ids.shape[1]
-        ends = None if lengths is None else n_patches + lengths
-        cache = self.caches.get((B, S, n)) or self.model.language_model.new_cache(B, S + n)
-        if self.records:
-            self.caches[B, S, n] = cache
-        if draft is None:
-            return self.run(("greedy", B, S, n), partial(self.greedy, cache, S, n), input_ids, pixel_values, ends), n
-        draft = draft.to(input_ids.device).clamp(0, self.model.cfg.text.vocab_size - 1)  # what is no id is no guess
-        first, new = partial(self.first, cache, S), self.records and ("first", B, S, n) not in self.recorded
-        said, passes = self.run(("first", B, S, n), first, input_ids, pixel_values, ends, draft[:, :-1]), 1
-        if new:  # record the other kind at once, not when the robot moves
-            self.run(("again", B, S, n), partial(self.again, cache, S, 0), ends, draft[:, :-1])
-        while (settled := agreed(draft, said)) < n:
-            draft, passes = said, passes + 1
-            start = 0 if self.records else settled - 1  # one recorded pass does for all
-            said = self.run(("again", B, S, n), partial(self.again, cache, S, start), ends, draft[:, start:-1])
-            said = torch.cat([draft[:, : start + 1], said], dim=1)
-        return said, passes
 
-    def run(self, kind: tuple, fn, *inputs) -> Tensor:
+    def passes_for(self, B: int, S: int, n: int) -> "Passes":
+        """Return the passes for inputs of one shape: new ones or, with recordings, those of the last time."""
         if not self.records:
-            return fn(*inputs)
-        with torch.cuda.device_of(inputs[-1]):
-            if kind not in self.recorded:
-                self.recorded[kind] = record(fn, inputs)
-            return self.recorded[kind](*inputs)
+            return Passes(self.model, B, S, n, self.actions_only, records=False)
+        if (B, S, n) not in self.recorded:
+            self.recorded[B, S, n] = Passes(self.model, B, S, n, self.actions_only, records=True)
+        return self.recorded[B, S, n]
 
-    # Passes. `cache` has room for S + n tokens; the action's stand from place S on, whatever the prompt's length
 
-    def first(self, cache, S: int, input_ids: Tensor, pixel_values: Tensor, ends: Tensor | None, draft: Tensor):
-        """Picture, prompt and the first w tokens of a draft, (B, w) -> the answers 0 ... w, (B, w + 1)."""
-        llama, w = self.model.language_model, draft.shape[1]
-        x = torch.cat([self.model.embed(input_ids, pixel_values), llama.model.embed_tokens(draft)], dim=1)
-        if ends is None:
-            hidden = llama(x, cache=cache)[:, S - 1 :]
-        else:
-            mask, positions = layout(S, 0, S + w, ends)
-            hidden = llama(x, mask, positions, cache)  # (B, S + w, D)
-            last = hidden[torch.arange(len(x), device=x.device), ends - 1, None]  # (B, 1, D), of the prompt
-            hidden = torch.cat([last, hidden[:, S:]], dim=1)
-        return self.choose(hidden)
+# -----------------------------------------------------------------------------
+# Passes through the model
 
-    def again(self, cache, S: int, start: int, ends: Tensor | None, draft: Tensor) -> Tensor:
-        """The tokens start, start + 1, ... of a draft, (B, w) -> the answers that follow each of them, (B, w)."""
-        llama, w = self.model.language_model, draft.shape[1]
-        mask, positions = layout(S, S + start, w, draft.new_full((1,), S) if ends is None else ends)
-        mask = None if ends is None and w == 1 else mask
-        return self.choose(llama(llama.model.embed_tokens(draft), mask, positions, cache, S + start))
 
-    def greedy(self, cache, S: int, n: int, input_ids: Tensor, pixel_values: Tensor, ends: Tensor | None) -> Tensor:
-        """One token after another, (B, n). Nothing on the way waits for the GPU."""
-        tokens = [self.first(cache, S, input_ids, pixel_values, ends, input_ids[:, :0])]
-        for i in range(n - 1):
-            tokens.append(self.again(cache, S, i, ends, tokens[-1]))
+class Passes:
+    """
+    The passes for B prompts that take S places with the image, and n tokens each. They share a key/value cache with
+    room for S + n tokens. The action's tokens stand from place S on, whatever the prompt's real length.
+
+    ends: (B,) the place behind the last real token of each prompt; None: S, there is no padding.
+    """
+
+    def __init__(self, model: OpenVLA, B: int, S: int, n: int, actions_only: bool, records: bool):
+        self.model = model
+        self.S = S
+        self.n = n
+        self.actions_only = actions_only
+        self.records = records
+        self.recordings: dict[str, Callable] = {}  # name of a pass -> its CUDA graph
+        self.cache = model.language_model.new_cache(B, S + n)
+
+    def run(self, run_pass: Callable, *inputs: Tensor | None) -> Tensor:
+        """Call one of the methods below or, on CUDA, its recording, which is made the first time."""
+        if not self.records:
+            return run_pass(*inputs)
+        name = run_pass.__name__
+        with torch.cuda.device_of(inputs[0]):
+            if name not in self.recordings:
+                self.recordings[name] = record(run_pass, inputs)
+            return self.recordings[name](*inputs)
+
+    def correct_draft(
+        self, draft: Tensor, input_ids: Tensor, pixel_values: Tensor, ends: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """Turn a draft (B, n) into the tokens of greedy decoding, (B, n). Returns them and the number of passes."""
+        is_first_time = self.records and "read_prompt" not in self.recordings
+        answers = self.run(self.read_prompt, input_ids, pixel_values, ends, draft[:, :-1])  # (B, n)
+        num_passes = 1
+        if is_first_time:
+            # Record the other kind of pass at once, not when the robot moves.
+            self.run(self.check_draft, ends, draft[:, :-1])
+
+        settled = count_settled(draft, answers)
+        while settled < self.n:
+            draft = answers
+            if self.records:
+                start = 0  # one recorded pass, over all tokens, serves for any number of settled ones
+                new_answers = self.run(self.check_draft, ends, draft[:, :-1])
+            else:
+                start = settled - 1
+                new_answers = self.answer(start, ends, draft[:, start:-1])
+            answers = torch.cat([draft[:, : start + 1], new_answers], dim=1)
+            num_passes += 1
+            settled = count_settled(draft, answers)
+        return answers, num_passes
+
+    def generate_greedily(self, input_ids: Tensor, pixel_values: Tensor, ends: Tensor | None) -> Tensor:
+        """Return the tokens (B, n), generated one after another. Nothing on the way waits for the GPU."""
+        no_draft = input_ids[:, :0]
+        tokens = [self.read_prompt(input_ids, pixel_values, ends, no_draft)]  # n of (B, 1)
+        for i in range(self.n - 1):
+            tokens.append(self.answer(i, ends, tokens[-1]))
         return torch.cat(tokens, dim=1)
 
+    def read_prompt(self, input_ids: Tensor, pixel_values: Tensor, ends: Tensor | None, draft: Tensor) -> Tensor:
+        """Read image, prompt and w tokens of a draft (B, w). Returns the answers 0 ... w, (B, w + 1)."""
+        llama = self.model.language_model
+        prompt = self.model.embed(input_ids, pixel_values)  # (B, S, D)
+        x = torch.cat([prompt, llama.model.embed_tokens(draft)], dim=1)  # (B, S + w, D)
+        if ends is None:
+            hidden = llama(x, cache=self.cache)
+            return self.choose(hidden[:, self.S - 1 :])
+
+        mask, positions = mask_and_positions(self.S, 0, x.shape[1], ends)
+        hidden = llama(x, mask, positions, self.cache)  # (B, S + w, D)
+        rows = torch.arange(len(x), device=x.device)
+        end_of_prompt = hidden[rows, ends - 1, None]  # (B, 1, D)
+        return self.choose(torch.cat([end_of_prompt, hidden[:, self.S :]], dim=1))
+
+    def check_draft(self, ends: Tensor | None, draft: Tensor) -> Tensor:
+        """Read the tokens 0, 1, ... of a draft again. The same as `answer`, with a fixed start: it can be recorded."""
+        return self.answer(0, ends, draft)
+
+    def answer(self, start: int, ends: Tensor | None, tokens: Tensor) -> Tensor:
+        """Read the tokens start, start + 1, ... of an action, (B, w). Returns the answer behind each, (B, w)."""
+        llama = self.model.language_model
+        w = tokens.shape[1]
+        is_padded = ends is not None
+        if ends is None:
+            ends = tokens.new_full((1,), self.S)
+        mask, positions = mask_and_positions(self.S, self.S + start, w, ends)
+        if not is_padded and w == 1:
+            mask = None  # one token after all others sees everything
+        hidden = llama(llama.model.embed_tokens(tokens), mask, positions, self.cache, self.S + start)  # (B, w, D)
+        return self.choose(hidden)
+
     def choose(self, hidden: Tensor) -> Tensor:
-        head, low = self.model.language_model.lm_head, VOCAB_SIZE - NUM_BINS
+        """Return the ids with the largest logits: hidden states (B, w, D) -> (B, w)."""
+        head = self.model.language_model.lm_head
         if self.actions_only:
-            return F.linear(hidden, head.weight[low:VOCAB_SIZE]).argmax(-1) + low
+            action_rows = head.weight[FIRST_ACTION_ID:VOCAB_SIZE]
+            return F.linear(hidden, action_rows).argmax(-1) + FIRST_ACTION_ID
         return head(hidden).argmax(-1)
 
 
-def layout(S: int, start: int, w: int, ends: Tensor) -> tuple[Tensor, Tensor]:
+def mask_and_positions(S: int, start: int, w: int, ends: Tensor) -> tuple[Tensor, Tensor]:
     """
-    For queries at places start ... start + w - 1: the keys that each sees, (B, 1, w, L), no later ones and not the
-    padding between the prompt's end (B,) and S; and their positions (B, w), which do not count that padding.
+    Return for the queries at places start ... start + w - 1 which keys each of them sees, bool (B, 1, w, L), and
+    their positions (B, w). A query sees no later key, and not the padding between the prompt's end (B,) and S, which
+    the positions do not count either.
     """
-    keys = torch.arange(start + w, device=ends.device)
-    real = (keys < ends[:, None]) | (keys >= S)  # (B, L)
-    mask = real[:, None] & (keys <= keys[start:, None])  # (B, w, L)
-    positions = torch.where(keys < S, keys, ends[:, None] + keys - S)[:, start:]
-    return mask[:, None], positions
+    places = torch.arange(start + w, device=ends.device)  # (L,)
+    is_real = (places < ends[:, None]) | (places >= S)  # (B, L)
+    is_earlier = places <= places[start:, None]  # (w, L)
+    mask = is_real[:, None] & is_earlier  # (B, w, L)
+
+    padding = S - ends[:, None]  # (B, 1)
+    positions = torch.where(places < S, places, places - padding)  # (B, L)
+    return mask[:, None], positions[:, start:]
 
 
-def multiply(layer: nn.Linear, x: Tensor) -> Tensor:
-    """nn.Linear in float32 by oneDNN; PyTorch itself takes MKL, which is half as fast on an AMD CPU."""
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+def count_settled(draft: Tensor, answers: Tensor) -> int:
+    """Return how many tokens are settled in every row of (B, n): those drafted right from the start, and one more."""
+    is_right = (draft == answers)[:, :-1].int()  # (B, n - 1)
+    right_from_start = is_right.cumprod(dim=1).sum(dim=1)  # (B,)
+    return int(right_from_start.min()) + 1
 
 
-def agreed(draft: Tensor, said: Tensor) -> int:
-    """How many tokens are settled in every row (of (B, n)): those drafted rightly from the start, and one more."""
-    right = (draft == said)[:, :-1].int().cumprod(dim=1).sum(dim=1)  # (B,)
-    return int(right.min()) + 1
+def record(run_pass: Callable, inputs: tuple[Tensor, ...]) -> Callable:
+    """Record run_pass(*inputs) as a CUDA graph. Returns it as a function of inputs of the same shapes."""
+    fixed_inputs = [x.clone() for x in inputs]  # a graph reads always the same memory
 
-
-def record(fn, inputs: tuple):
-    """A CUDA graph of fn(*inputs), as a function of inputs of the same shapes."""
-    fixed, stream = [x.clone() for x in inputs], torch.cuda.Stream()
+    # Run it first, on a stream of its own: this compiles, chooses kernels and takes the memory that they need.
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, chooses kernels, takes the memory they want
-            fn(*fixed)
+        for _ in range(3):
+            run_pass(*fixed_inputs)
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=stream):
-        out = fn(*fixed)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        output = run_pass(*fixed_inputs)
 
     def replay(*inputs: Tensor) -> Tensor:
-        for place, x in zip(fixed, inputs, strict=True):
-            place.copy_(x)
+        for fixed, x in zip(fixed_inputs, inputs, strict=True):
+            fixed.copy_(x)
         graph.replay()
-        return out.clone()
+        return output.clone()
 
     return replay
+
+
+# -----------------------------------------------------------------------------
+# The engine's own modules, over the model's weights
+
+
+def copy_modules(model: OpenVLA) -> OpenVLA:
+    """Return a model with modules of its own and the same weights, which take no more memory."""
+    weights = [*model.parameters(), *model.buffers(), *model.unused.values()]
+    already_copied = {id(weight): weight for weight in weights}
+    return copy.deepcopy(model, already_copied)
+
+
+class OneDNNLinear(nn.Module):
+    """
+    A linear layer in float32, multiplied by oneDNN, over the same weights as `linear`. PyTorch itself uses MKL, which
+    is half as fast on an AMD CPU.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def use_onednn(model: OpenVLA):
+    """Replace the large linear layers of a model, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child.weight.numel() >= MIN_WEIGHTS_ONEDNN:
+                setattr(parent, name, OneDNNLinear(child))

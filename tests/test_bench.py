@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from bench.common import write_random_checkpoint
 from common import ROOT
+
+from bench.common import write_random_checkpoint
 
 
 def bench(*argv: str) -> dict:
-    run = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "bench", *argv], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -43,5 +44,5 @@ WRONG = ["fly", "infer --shape giant", "load --checkpoint nowhere", "infer --vs 
 
 @pytest.mark.parametrize("argv", [text.split() for text in WRONG])
 def test_refusals(argv):
-    run = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "bench", *argv], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr

@@ -13,13 +13,13 @@ import torch
 from common import ROOT, make_folder, with_tokenizer
 from PIL import Image
 
-import sample
 from configurator import configure
 from data import Samples
 from diagnose import check
-from formats import oxe
 from formats.write_rlds import write_rlds
-from tokenizer import BLANK, PROMPT_VICUNA, decode_action, encode_action, unnormalize
+from normalize import unnormalize
+from policy import load_policy
+from tokenizer import BLANK, PROMPT_VICUNA, decode_action, encode_action
 from toy import world as toy
 
 A, SIDE, FRAME = 7, 224, 4
@@ -82,7 +82,7 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def whole(folders, tmp_path_factory):
-    return sample.load(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path_factory.mktemp("c") / "m")))
+    return load_policy(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path_factory.mktemp("c") / "m")))
 
 
 @pytest.fixture
@@ -123,11 +123,11 @@ def enlarge(picture: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "change, verdict",
     [
-        (lambda p: p[::-1].copy(), "pictures: .* upside down"),
-        (lambda p: p[::-1, ::-1].copy(), "pictures: .* turned by 180 degrees"),
-        (lambda p: p[:, ::-1].copy(), "pictures: .* mirrored"),
-        (lambda p: p[..., ::-1].copy(), "pictures: .* with red and blue exchanged"),
-        (enlarge, "pictures: .* with the centre crop"),
+        (lambda p: p[::-1].copy(), "images: .* upside down"),
+        (lambda p: p[::-1, ::-1].copy(), "images: .* turned by 180 degrees"),
+        (lambda p: p[:, ::-1].copy(), "images: .* mirrored"),
+        (lambda p: p[..., ::-1].copy(), "images: .* with red and blue exchanged"),
+        (enlarge, "images: .* with the centre crop"),
     ],
 )
 def test_pictures(policy, capsys, tmp_path, change, verdict):
@@ -146,7 +146,7 @@ def test_crop_forgotten(policy, capsys, tmp_path):
     assert check.check_policy(policy, dataset, check.Config(out=str(tmp_path), center_crop=False)) > 0
     text = capsys.readouterr().out
     assert "FAIL centre crop: the robot's side shows the whole" in text and "FAIL paths" in text, text
-    assert re.search("FAIL pictures: .* with the centre crop", text), text
+    assert re.search("FAIL images: .* with the centre crop", text), text
 
 
 def test_statistics(policy, capsys, tmp_path):
@@ -196,18 +196,17 @@ def test_language(policy, capsys, tmp_path, listens):
     assert failed == (not listens) and ("FAIL language" in text) == (not listens), text
 
 
-def test_command_line(folders, tmp_path, monkeypatch, capsys):
+def test_command_line(folders, tmp_path, capsys):
     """From RLDS episodes: an untrained policy fails, with pictures; data and attention run."""
     folder = with_tokenizer(make_folder("tiny-openvla", tmp_path / "m"))
     write_rlds(tmp_path / "data", dict(train=toy.demonstrations(toy.TRAIN, 3)))
     (tmp_path / "mine.py").write_text(
-        "import oxe\noxe.DATASETS['toy'] = oxe.Dataset(primary='image', state=('state',))\n"
+        "from formats import oxe\ndata_mix = [(oxe.Dataset(name='toy', primary='image', state=('state',)), 1.0)]\n"
     )
-    common = ["--data_root_dir", tmp_path / "data", "--data_mix", "toy", "--training_config", tmp_path / "mine.py"]
-    assert "toy" not in oxe.DATASETS
+    common = ["--data_root_dir", tmp_path / "data", "--training_config", tmp_path / "mine.py"]
 
     def call(*argv):
-        command = [sys.executable, "check.py", *map(str, [*argv, "--out", tmp_path / "out"])]
+        command = [sys.executable, "-m", "diagnose.check", *map(str, [*argv, "--out", tmp_path / "out"])]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = call("policy", "--checkpoint", folder, *common)
@@ -226,8 +225,23 @@ def test_command_line(folders, tmp_path, monkeypatch, capsys):
     assert {"policy.png", "attention.png", "toy-frames.png", "toy-actions.png"} <= names
     done = call("fly")
     assert done.returncode == 2 and "usage" in done.stderr
-    monkeypatch.setattr(oxe, "DATASETS", dict(oxe.DATASETS))
     for argv, reason in (([], "--data_root_dir"), (common, "--checkpoint")):
         with pytest.raises(SystemExit) as end:
             check.main("policy", configure(check.Config, [*map(str, argv), "--out", str(tmp_path / "out")]))
         assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_oft_policies_are_refused(folders, tmp_path, capsys):
+    folder = with_tokenizer(make_folder("tiny-openvla", tmp_path / "m"))
+    (folder / "action_head--1_checkpoint.pt").write_bytes(b"")
+    argv = ["--checkpoint", str(folder), "--data_root_dir", "x", "--data_mix", "toy", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as end:
+        check.main("policy", configure(check.Config, argv))
+    assert end.value.code == 2 and "OFT policy" in capsys.readouterr().err
+
+
+def test_statistics_of_another_size(policy, tmp_path):
+    dataset = dataset_of(samples(), policy)
+    policy.norm_stats["mine"]["action"] = {key: [0.0] * 14 for key in ("q01", "q99")}
+    with pytest.raises(ValueError, match="have 14 dimensions in the checkpoint and 7 in the data"):
+        check.check_policy(policy, dataset, check.Config(out=str(tmp_path)))

@@ -1,5 +1,6 @@
 """Defaults < config file < command line; whatever does not fit is an error that helps."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +70,88 @@ def test_unknown_name_in_a_file(tmp_path, capsys):
     assert "did you mean 'lr'" in capsys.readouterr().err
 
 
-def test_help_shows_every_field(capsys):
+def help_of(cls, argv, capsys):
     with pytest.raises(SystemExit) as end:
-        configure(Config, ["--help"])
-    out = capsys.readouterr().out
-    assert end.value.code == 0 and all(name in out for name in Config.__dataclass_fields__) and "# a name" in out
+        configure(cls, argv)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_every_field(capsys):
+    out = help_of(Config, ["--help"], capsys)
+    assert all(name in out for name in Config.__dataclass_fields__) and "a name" in out
+    assert out.startswith("Defaults < config file < command line")  # the docstring of the script
+
+
+@dataclass
+class Base:
+    # Data
+    folder: str = ""  # where the data is
+    # share of it that is
+    # not trained on
+    hold_out: float = 0.05
+
+    # Training: the title of
+    # a group may be long
+    batch_size: int = 256  # samples per step
+    lr: float = 1e-3
+    words: tuple[str, ...] = ("a", "b c")  # not "# a comment"
+    sizes: dict = field(default_factory=lambda: {i: i for i in range(100)})
+
+
+@dataclass
+class Derived(Base):
+    """A docstring."""
+
+    # Adapters
+    rank: int = 32
+
+    # Other defaults
+    batch_size: int = 64
+    lr: float = 5e-4  # commented here only
+    folder: str = "data"  # another comment
+
+
+def test_help_is_one_list_of_all_classes(tmp_path, capsys):
+    out = help_of(Derived, ["-h"], capsys)
+    options = out[out.index("\nData\n") + 1 :].rstrip()
+    sizes = repr(Derived().sizes)[:57] + "..."
+    assert options.splitlines() == [
+        "Data",
+        "  --folder data                       another comment",
+        "  --hold_out 0.05                     share of it that is not trained on",
+        "",
+        "Training: the title of a group may be long",
+        "  --batch_size 64                     samples per step",
+        "  --lr 0.0005                         commented here only",
+        '  --words a "b c"                     not "# a comment"',
+        f"  --sizes {sizes}",
+        "",
+        "Adapters",
+        "  --rank 32",
+    ]
+
+    file = tmp_path / "c.py"
+    file.write_text("batch_size = 48\nlr = 1\n")
+    out = help_of(Derived, ["--config", str(file), "--help", "--lr"], capsys)
+    assert "--batch_size 48  " in out and out.count("--batch_size") == 1 and "--lr 1.0 " in out and "--rank 32" in out
+
+
+def test_help_of_a_wrong_config_file(capsys):
+    with pytest.raises(SystemExit) as end:
+        configure(Config, ["--config", "none.py", "--help"])
+    assert end.value.code == 2 and "no such file" in capsys.readouterr().err
+
+
+def test_help_of_the_recipes(capsys):
+    import finetune_oft
+
+    out = help_of(finetune_oft.Config, ["--config", "libero_oft.py", "--help"], capsys)
+    assert out.count("--batch_size") == out.count("\nData\n") == 1
+    assert "--batch_size 64 " in out and "samples per step, over all processes" in out
+    assert "--data_mix libero_spatial_no_noops" in out
+    assert out.index("\nOptimization\n") < out.index("--batch_size") < out.index("\nRun\n")
+    assert "Other defaults" not in out  # its fields stay in their groups
+    options = out[out.index("\nData\n") :]
+    assert max(map(len, options.splitlines())) <= 100
+    assert set(finetune_oft.Config.__dataclass_fields__) == set(re.findall(r"^  --(\w+)", options, re.M))

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import convert_weights as cw
 import lora
+from formats import prismatic_run
 from image import ImageProcessor
-from model import INDEX, TOWERS, OpenVLA, OpenVLAConfig, is_unused
+from model import INDEX, VISION_ENCODERS, OpenVLA, OpenVLAConfig, is_unused
 from tokenizer import make_standin
 
 PT = Path("checkpoints/latest-checkpoint.pt")
@@ -186,21 +187,23 @@ def test_a_model_without_the_unused_tensors_keeps_its_depth(folder, tmp_path, to
     assert_same(tensors_of(tmp_path / "hf"), dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("model, base", list(zip(("openvla-7b", "openvla-v01-7b"), cw.BASE_VLMS, strict=True)))
+@pytest.mark.parametrize(
+    "model, base", list(zip(("openvla-7b", "openvla-v01-7b"), prismatic_run.BASE_VLMS, strict=True))
+)
 def test_released_models_need_no_sizes_and_every_name_comes_back(model, base):
     names = read(shared("facts/official_keys_openvla7b.json"))[model]["parameters"]
     fused = model == "openvla-7b"
-    assert {cw.to_hf(cw.to_prismatic(name, fused)) for name in names} == set(names)
+    assert {prismatic_run.to_hf(prismatic_run.to_prismatic(name, fused)) for name in names} == set(names)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
-    cfg = cw.infer_config(Path("x.pt"), tensors, {"vla": {"base_vlm": base}})
-    assert cfg.vision == list(TOWERS.values())[-1 - fused :] and "vision_configs" not in cfg.to_dict()
+    cfg = prismatic_run.infer_config(Path("x.pt"), tensors, {"vla": {"base_vlm": base}})
+    assert cfg.vision == list(VISION_ENCODERS.values())[-1 - fused :] and "vision_configs" not in cfg.to_dict()
     assert replace(cfg.text, num_key_value_heads=None) == OpenVLAConfig().text and cfg.text.num_key_value_heads == 32
-    assert cw.official_limits(tensors, cfg) == []
+    assert prismatic_run.official_limits(tensors, cfg) == []
     used = {name: t for name, t in tensors.items() if not is_unused(name, cfg)}
-    assert cw.official_limits(used, cfg) == [
+    assert prismatic_run.official_limits(used, cfg) == [
         f"{43 if fused else 27} tensors are missing that never run but that it wants"
     ]
-    assert cw.infer_config(Path("x.pt"), used, {"model": {"model_id": base}}).vision == cfg.vision
+    assert prismatic_run.infer_config(Path("x.pt"), used, {"model": {"model_id": base}}).vision == cfg.vision
 
 
 # -----------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def test_base_vlm(vlm, tmp_path, tokenizer, sizes):
     files = [str(vlm / "dino.safetensors"), str(vlm / "open_clip_pytorch_model.bin")]
     cw.prismatic_to_hf(vlm, tmp_path / "hf", tokenizer, sizes, files)
     ours, want = tensors_of(tmp_path / "hf"), tensors_of(GOLDENS / "tiny-openvla")
-    for key in cw.VOCABULARY:
+    for key in prismatic_run.VOCABULARY:
         assert ours[key].shape == (32064, 16) and torch.equal(ours[key][:32000], want[key][:32000])
         assert 0.015 < ours[key][32000:].float().std() < 0.025
         ours[key] = want[key]
@@ -248,7 +251,7 @@ def test_positions_of_518_pixels_are_resampled(tmp_path):
     ramp = torch.arange(37.0).repeat(37, 1)  # linear in x: so it is after resampling, at the new pixel centres
     tower = {"pos_embed": ramp.reshape(1, 37 * 37, 1), "patch_embed.proj.weight": torch.zeros(1, 3, 14, 14)}
     save_file(tower, tmp_path / "dino.safetensors")
-    pos = cw.open_timm(str(tmp_path / "dino.safetensors"))["pos_embed"]
+    pos = prismatic_run.open_timm(str(tmp_path / "dino.safetensors"))["pos_embed"]
     assert pos.shape == (1, 256, 1)
     want = (torch.arange(16) + 0.5) * 37 / 16 - 0.5
     torch.testing.assert_close(pos.view(16, 16)[5, 3:13], want[3:13], atol=5e-3, rtol=0)

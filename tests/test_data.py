@@ -16,10 +16,12 @@ from common import ROOT, shared
 
 import data
 from configurator import configure
-from data import Mixture, Positions, Samples, chunk, collate, make_loader, open_mixture, shuffled
+from data import Mixture, Positions, Samples, collate, make_loader, open_mixture, pad_chunk, shuffled
 from formats import oxe, rlds
+from formats.write_rlds import write_rlds
 from image import decode, resize_lanczos3
-from tokenizer import Tokenizer, normalize
+from normalize import normalize
+from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,20 @@ def test_all_trajectories_in_order(bridge):
     episodes = [bridge[8 * e]["instruction"].encode() for e in range(25)]
     assert episodes == want["language"].tolist()
     assert [bridge.where(i) for i in (0, 7, 8)] == [(0, 0), (0, 7), (1, 0)]
+
+
+def chunk(actions, absolute_mask, future, window=1, goals=None):
+    """
+    Actions of an episode (T, A) -> (T, window + future, A): for each step those before it, its own and those after, as
+    pad_chunk fills them up. Before the start the first one repeats. goals (T,): the last step each chunk may use.
+    """
+    T = len(actions)
+    chunks = []
+    for step in range(T):
+        before = [actions[max(0, step - i)] for i in range(window - 1, 0, -1)]
+        last = T - 1 if goals is None else goals[step]
+        chunks.append([*before, *pad_chunk(actions[step : last + 1], absolute_mask, 1 + future)])
+    return np.array(chunks)
 
 
 def test_chunks_exactly():
@@ -215,8 +231,9 @@ def test_a_row_of_my_own(tmp_path, llama):
 
 
 def readme_config(words: str) -> str:
-    """The Python block of README.md that has these words in it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    """The Python block of docs/your-data.md that has these words in it."""
+    page = ROOT / "docs" / "your-data.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
     return next(block for block in blocks if words in block)
 
 
@@ -240,7 +257,6 @@ def test_own_data_as_in_the_readme(tmp_path, monkeypatch, llama):
     (tmp_path / "d.py").write_text(row)
     cfg = configure(train.Config, ["--config", "d.py"])
     dataset = open_mixture(tmp_path, cfg.data_mix)[0][0]
-    del oxe.DATASETS["my_robot"]
     assert len(dataset) == 250 and dataset[0]["proprio"].shape == (7,)  # nothing is dropped or relabelled
 
 
@@ -313,7 +329,7 @@ def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
     """A constant of a standardise function, one that keep_frames uses, the kind of action, the bad records."""
     from toy import world as toy
 
-    toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
+    write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
     row = oxe.Dataset(primary="image", standardize=scaled, state=(), keep_frames=every_second)
 
     def read(**options):
@@ -344,9 +360,9 @@ def test_the_newest_version_is_the_largest_number(tmp_path):
 def test_functions_of_a_config_file_go_to_workers(tmp_path, llama):
     from toy import world as toy
 
-    toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
+    write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
     (tmp_path / "c.py").write_text(
-        "import oxe\ndef turned(t):\n    return {**t, 'action': 1 - t['action']}\n"
+        "from formats import oxe\ndef turned(t):\n    return {**t, 'action': 1 - t['action']}\n"
         "row = oxe.Dataset(primary='image', state=(), standardize=turned)\n"
     )
     row = runpy.run_path(str(tmp_path / "c.py"))["row"]
@@ -386,7 +402,7 @@ def test_picture_that_changed_after_indexing(copy):
     stat = file.stat()
     flip(file, places[3] + 100)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    with pytest.raises(ValueError, match="primary picture at byte .* has changed"):
+    with pytest.raises(ValueError, match="primary image at byte .* has changed"):
         rlds.RLDS(root, "bridge_orig")[0]
 
 

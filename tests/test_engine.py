@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from common import with_tokenizer
 
-import sample
 from model import OpenVLA
+from policy import load_policy, predict_action
 from speed import engine as engine_module
-from speed.engine import Engine
+from speed.engine import Engine, OneDNNLinear
 from tokenizer import NUM_BINS, VOCAB_SIZE, is_action_id
 
 N = 7
@@ -52,6 +53,15 @@ def test_greedy_whatever_the_draft(model):
             assert passes == 1 if given is not None and name == "right" else passes <= N
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
+def test_the_model_stays_as_it_is(model):
+    """The engine has modules of its own, over the same weights."""
+    head = model.language_model.lm_head
+    faster_head = Engine(model).model.language_model.lm_head
+    assert type(faster_head) is OneDNNLinear and type(head) is nn.Linear
+    assert faster_head.weight is head.weight
+
+
 def test_batch_is_its_rows(model):
     engine = Engine(model)
     ids, pixels, lengths = random_inputs(99, 6)
@@ -75,7 +85,7 @@ def test_recorded_passes(model, monkeypatch):
         want = model.generate(ids, pixels, N, lengths)[0]
         for draft in (None, *drafts_for(want, seed).values()):
             assert torch.equal(engine.generate(ids, pixels, N, lengths, draft)[0], want)
-    assert len(made) == 3 and len(engine.caches) == 1  # greedy, first, again; all prompts were padded to one length
+    assert len(made) == 3 and len(engine.recorded) == 1  # one of each kind; all prompts were padded to one length
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ on a CPU")
@@ -123,7 +133,7 @@ def test_refusals(model):
 
 def test_policy_with_previous_actions(folders, tmp_path):
     """predict_action with an engine: the same actions, and its last ones are a draft that fits when nothing changes."""
-    policy = sample.load(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
+    policy = load_policy(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
     pictures = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8) for i in range(2)]
     words = ["put the spoon on the towel", "lift it"]
     policy.engine, passes = Engine(policy.model, actions_only=True), []
@@ -136,19 +146,19 @@ def test_policy_with_previous_actions(folders, tmp_path):
 
     for key in ("bridge_orig", "toy"):
         policy.engine.generate = lambda *args: generate(*args[:-1])  # without the draft: one by one
-        want = sample.predict_action(policy, pictures, words, key)
+        want = predict_action(policy, pictures, words, key)
         policy.engine.generate = counted
         for previous in (None, want[::-1], want):
-            got = sample.predict_action(policy, pictures, words, key, previous=previous)
+            got = predict_action(policy, pictures, words, key, previous=previous)
             np.testing.assert_array_equal(got, want)
         assert passes[-1] == 1 < passes[-2]
 
 
 def test_statistics_of_the_two_figures_that_are_needed(folders, tmp_path):
-    policy = sample.load(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
+    policy = load_policy(with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m")), torch.float32)
     policy.norm_stats = {"mine": {"action": dict(q01=[-1.0] * 7, q99=[1.0] * 7)}}
     policy.engine = Engine(policy.model, actions_only=True)
-    assert sample.predict_action(policy, [np.zeros((8, 8, 3), np.uint8)], ["go"]).shape == (1, 7)
+    assert predict_action(policy, [np.zeros((8, 8, 3), np.uint8)], ["go"]).shape == (1, 7)
 
 
 def test_adapters_and_oft_are_refused(folders):

@@ -17,8 +17,8 @@ import eval_libero as E
 import image
 from configurator import configure
 from formats import oxe, rlds
-from formats.write_rlds import jpeg
-from libero_sim import regenerate
+from image import encode_jpeg
+from libero_sim import jobs, regenerate, report, workers
 from libero_sim import simulator as S
 from metrics import wilson
 
@@ -63,7 +63,7 @@ def test_picture_for_the_policy_as_in_tensorflow():
     tensors = load_file(GOLDENS / "eval_preproc.safetensors")
     for picture in ("bridge_64x64", "bridge_mosaic_192x256", "scene_640x480"):
         rgb = image.to_rgb(GOLDENS / "images" / f"{picture}.png")
-        got = image.resize_lanczos3(image.decode(jpeg(rgb)), 224)
+        got = image.resize_lanczos3(image.decode(encode_jpeg(rgb)), 224)
         key = next(k for k in tensors if picture in k and "/resize_image_for_policy/s8" in k).removesuffix("s8")
         assert np.abs(got[::8, ::8].astype(int) - tensors[key + "s8"]).max() <= 1
         for axis, sums in ((0, "col_sums"), (1, "row_sums")):
@@ -110,7 +110,7 @@ class FakeSimulator:
         self.n, self.success, self.instruction, self.task = 0, False, "open it", 0
         self.obs = dict(robot0_joint_pos=np.zeros(7))
 
-    def picture(self, camera="image"):
+    def image(self, camera="image"):
         return np.full((256, 256, 3), 10 * self.n + (camera == "image"), np.uint8)
 
     def state(self):
@@ -145,30 +145,30 @@ def test_replayed_demonstrations_become_a_dataset(tmp_path):
 
 def test_rows_survive_a_kill(tmp_path):
     path = tmp_path / "episodes.jsonl"
-    E.append_row(path, row(0, 1, True))
-    E.append_row(path, row(0, 0, error="boom"))
+    report.append_row(path, row(0, 1, True))
+    report.append_row(path, row(0, 0, error="boom"))
     with open(path, "a") as file:
         file.write('{"task": 0, "tri')  # killed while writing
-    assert [r["trial"] for r in E.read_rows(path)] == [0, 1]
-    E.append_row(path, row(0, 0, True))  # tried again
-    rows = E.read_rows(path)
+    assert [r["trial"] for r in report.read_rows(path)] == [0, 1]
+    report.append_row(path, row(0, 0, True))  # tried again
+    rows = report.read_rows(path)
     assert [r["trial"] for r in rows] == [0, 1] and all("error" not in r for r in rows)
     path.write_text("{}\n")
     with pytest.raises(ValueError, match="episodes.jsonl, line 1"):
-        E.read_rows(path)
+        report.read_rows(path)
 
 
 def test_a_folder_holds_one_run(tmp_path):
-    E.open_run(tmp_path, dict(PROTOCOL, trained_on=("lanczos3",)))
-    E.open_run(tmp_path, dict(PROTOCOL, trained_on=("lanczos3",)))
+    report.open_run(tmp_path, dict(PROTOCOL, trained_on=("lanczos3",)))
+    report.open_run(tmp_path, dict(PROTOCOL, trained_on=("lanczos3",)))
     with pytest.raises(ValueError, match="policy: 'noop' there, 'random' now"):
-        E.open_run(tmp_path, dict(PROTOCOL, policy="random"))
+        report.open_run(tmp_path, dict(PROTOCOL, policy="random"))
 
 
 def test_report_of_known_episodes():
     rows = [row(0, i, i < 40) for i in range(50)] + [row(1, i, False) for i in range(49)]
     rows += [row(1, 49, error="Traceback ...\nMemoryError: no room")]
-    text = E.report(rows, PROTOCOL, ["the floor is dark"])
+    text = report.report(rows, PROTOCOL, ["the floor is dark"])
     low, high = wilson(40, 50)
     assert (round(low, 3), round(high, 3)) == (0.670, 0.888)
     assert f"| 0 | task 0 | 40 of 50 | 80.0% | {low:.1%} to {high:.1%} | 9 |" in text
@@ -186,13 +186,13 @@ def test_wilson_against_known_values():
 
 @pytest.mark.parametrize("text, want", [("0-2,5", [0, 1, 2, 5]), ("7", [7]), ("3,3-4", [3, 4])])
 def test_numbers(text, want):
-    assert E.numbers(text, "tasks") == want
+    assert jobs.parse_numbers(text, "tasks") == want
 
 
 @pytest.mark.parametrize("text", ["", "a", "4-2", "1-", "-1"])
 def test_no_numbers(text):
     with pytest.raises(ValueError, match="--tasks"):
-        E.numbers(text, "tasks")
+        jobs.parse_numbers(text, "tasks")
 
 
 # -----------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_each_process_gets_its_own_answers(tmp_path, num_envs):
         sizes.append(len(questions))
         return [10 * trial + k for trial, k in questions]
 
-    E.run(jobs, num_envs, pretend, (tmp_path, 0), act, rows.append)
+    rows += workers.run_workers(jobs, num_envs, pretend, (tmp_path, 0), act)
     assert sorted(r["trial"] for r in rows) == list(range(8)) and sum(sizes) == 14
     (error,) = [r for r in rows if "error" in r]
     assert error["trial"] == 3 and "exit code 9" in error["error"]  # neither success nor failure
@@ -240,33 +240,34 @@ def hang(conn, folder):
 
 
 def test_a_hung_simulator_becomes_an_error(tmp_path, monkeypatch):
-    wait, rows = E.wait, []
+    wait, rows = workers.wait, []
 
     def hurried(conns, timeout):
         """Gives up when only the hung one is left."""
-        assert timeout == E.SILENCE
+        assert timeout == workers.SILENCE
         while not (ready := wait(conns, 0.2)) and not (len(conns) == 1 and (tmp_path / "hung").exists()):
             pass
         return ready
 
-    monkeypatch.setattr(E, "wait", hurried)
-    E.run([dict(task=0, trial=i) for i in range(4)], 2, hang, (tmp_path,), None, rows.append)
+    monkeypatch.setattr(workers, "wait", hurried)
+    rows += workers.run_workers([dict(task=0, trial=i) for i in range(4)], 2, hang, (tmp_path,), None)
     assert sorted(r["trial"] for r in rows) == list(range(4))
     assert [r["trial"] for r in rows if "error" in r] == [1]
 
 
 KILLED = """
 import sys, json; sys.path[:0] = {paths}
-import eval_libero as E, test_eval_libero as T
+from libero_sim import report, workers; import test_eval_libero as T
 from pathlib import Path
 folder = Path({folder!r})
 if __name__ == "__main__":
     (folder / "died").touch()
-    finished = {{(r["task"], r["trial"]) for r in E.read_rows(folder / "episodes.jsonl")}}
+    finished = {{(r["task"], r["trial"]) for r in report.read_rows(folder / "episodes.jsonl")}}
     jobs = [dict(task=0, trial=i) for i in range(12)]
     left = [j for j in jobs if (j["task"], j["trial"]) not in finished]
     def act(questions): return [10 * trial + k for trial, k in questions]
-    E.run(left, 2, T.pretend, (folder, 0.03), act, lambda row: E.append_row(folder / "episodes.jsonl", row))
+    for row in workers.run_workers(left, 2, T.pretend, (folder, 0.03), act):
+        report.append_row(folder / "episodes.jsonl", row)
 """
 
 
@@ -280,10 +281,10 @@ def test_resume_after_a_kill(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = len(E.read_rows(rows))
+    before = len(report.read_rows(rows))
     assert 4 <= before < 12
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True, timeout=120)
-    kept = E.read_rows(rows)
+    kept = report.read_rows(rows)
     assert [r["trial"] for r in kept] == list(range(12)) and all(r["success"] for r in kept)
     assert len(rows.read_text().splitlines()) == 12
 
@@ -303,10 +304,24 @@ def test_bad_options(options, message, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "give --source"),
+        (["--source", "x", "--task_suite", "libero"], "must be one of libero_spatial"),
+        (["--source", "x", "--num_envs", "0"], "at least 1"),
+    ],
+)
+def test_bad_options_of_regenerate(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        regenerate.main(configure(regenerate.Config, options))
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_absent_simulator_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="requirements-libero.txt"):
-        S.setup()
+        S.set_up_libero()
 
 
 def test_a_chunk_is_carried_out_before_the_next_question():
@@ -324,8 +339,8 @@ def test_a_chunk_is_carried_out_before_the_next_question():
     sim = FakeSimulator()
     sim.start(0)
     sim.cameras = ("image", "wrist_image")
-    act = E.actor(sim, dict(task=0, trial=0), Conn(), E.Config())
-    actions = [act() for _ in range(5)]
+    answers = workers.policy_actions(sim, dict(task=0, trial=0), Conn(), E.Config())
+    actions = [next(answers) for _ in range(5)]
     assert [a[0] for a in actions] == [0.1] * 3 + [0.2] * 2 and {a[6] for a in actions} == {1.0}
     pictures, words, state = Conn.asked[0]
     assert len(Conn.asked) == 2 and words == "open it" and state.shape == (8,)
@@ -338,7 +353,7 @@ def test_a_chunk_is_carried_out_before_the_next_question():
 
 def evaluate(out, *options):
     simulator()
-    words = ["--out", out, "--assets", shared("libero/assets"), "--film", False, "--num_envs", 2, *options]
+    words = ["--out", out, "--assets", shared("libero/assets"), "--video", False, "--num_envs", 2, *options]
     command = [sys.executable, "eval_libero.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -348,7 +363,7 @@ def evaluate(out, *options):
 def test_expert_and_its_replay_in_the_simulator(tmp_path):
     """Recorded actions from the same initial state end in the same state, whichever process plays them."""
     played, said = evaluate(tmp_path / "expert", "--policy", "expert", "--tasks", 0, "--trials", "0,2")
-    assert [r["success"] for r in played] == [True, True] and "warning" not in said
+    assert [r["success"] for r in played] == [True, True] and "warning" not in said and "robosuite" not in said
     again, _ = evaluate(tmp_path / "replay", "--policy", "replay", "--replay", tmp_path / "expert", "--num_envs", 1)
     assert [r["success"] for r in again] == [True, True]
     for r in again:

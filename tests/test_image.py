@@ -137,6 +137,14 @@ def test_what_is_no_picture(bad):
         I.to_rgb(bad)
 
 
+def test_jpegs_that_we_write():
+    image = I.to_rgb(GOLDENS / "images" / "bridge_64x64.png")
+    data = I.encode_jpeg(image)
+    back = I.decode(data)
+    assert back.shape == image.shape and back.dtype == np.uint8
+    assert np.abs(back.astype(int) - image).mean() < 3
+
+
 def test_unreadable_files(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(ValueError, match="a.png"):
@@ -148,5 +156,5 @@ def test_unreadable_files(tmp_path):
     whole.close()
     with pytest.raises(ValueError, match="will not decode"):
         I.decode((tmp_path / "c.jpg").read_bytes()[:200])
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         I.decode(b"GIF89a but not really")

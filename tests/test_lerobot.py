@@ -17,7 +17,8 @@ from data import Mixture  # noqa: E402
 from formats import lerobot  # noqa: E402
 from formats.lerobot import LeRobot  # noqa: E402
 from image import decode, to_rgb  # noqa: E402
-from tokenizer import Tokenizer, make_standin, normalize  # noqa: E402
+from normalize import normalize  # noqa: E402
+from tokenizer import Tokenizer, make_standin  # noqa: E402
 
 FPS, LENGTHS, TASKS = 10, [7, 12, 5, 9], ["pick up the cup", "open the drawer"]
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -232,7 +233,7 @@ def test_five_percent_are_val(tmp_path, monkeypatch):
     train, val = LeRobot(folder), LeRobot(folder, split="val")
     assert (len(train), len(val)) == (38, 2) and val.instruction(0) == "1"
     assert train.statistics == val.statistics and val.table["state"].shape == (40, 0)
-    assert np.array_equal(val.open()["frames"][val.open()["usable"], 0], [19, 19])
+    assert np.array_equal(val.all_actions()[1], [19, 19])
     with pytest.raises(IndexError):
         train.instruction(38)  # a frame of the other split
     with pytest.raises(IndexError):
@@ -307,7 +308,7 @@ def test_errors_of_a_folder(tmp_path, folders, monkeypatch):
         change(folder, "codebase_version", "v2.1")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match="pip install pyarrow av"):
-        lerobot.need("av")
+        lerobot.import_package("av")
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])

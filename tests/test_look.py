@@ -31,16 +31,15 @@ def make_samples(n=N, **changes) -> list[dict]:
 
 
 class Episodes(Samples):
-    """Samples in episodes of the given lengths, with the tables that rlds.RLDS and lerobot.LeRobot have."""
+    """Samples in episodes of the given lengths, which are known as those of RLDS and LeRobot are."""
 
     def __init__(self, lengths, samples):
         super().__init__(samples, "episodes")
         self.numbers = np.repeat(np.arange(len(lengths)), lengths)
-        self.statistics["num_trajectories"], self.meta = len(lengths), {"bad_records": ["file 3: cut off"]}
+        self.statistics["num_trajectories"], self.bad_records = len(lengths), ["file 3: cut off"]
 
-    def open(self) -> dict:
-        actions = np.stack([s["action"] for s in self.samples])
-        return dict(action=actions, frames=self.numbers[:, None], usable=np.arange(len(self)))
+    def all_actions(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.stack([s["action"] for s in self.samples]), self.numbers
 
 
 def report(dataset, tmp_path, capsys) -> str:
@@ -211,7 +210,7 @@ def test_lerobot(tmp_path, capsys, monkeypatch):
 
 def test_command_on_rlds(tmp_path):
     folder = shared("data/bridge_orig").parent
-    words = ["data.py", "--data_root_dir", str(folder), "--data_mix", "bridge", "--out", str(tmp_path)]
+    words = ["-m", "diagnose.look", "--data_root_dir", str(folder), "--data_mix", "bridge", "--out", str(tmp_path)]
     run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "episodes      25, 8 to 8 frames long" in run.stdout and "primary: 64 x 64" in run.stdout

@@ -19,9 +19,9 @@ from test_train import CONFIG
 
 import finetune_lora
 import lora
-import sample
+import policy
 import train
-from checkpoint import check_folder
+from checkpoint import open_checkpoint
 from configurator import configure
 from model import OpenVLA, OpenVLAConfig, is_unused
 from speed import nf4
@@ -116,7 +116,7 @@ def test_merged_weights(folders, tmp_path):
     assert found.keys() == base.keys()
     name = "language_model.model.embed_tokens.weight"
     assert torch.equal(found[name], base[name])
-    assert set(check_folder(tmp_path / "merged").extra["norm_stats"]) == {"mine"}
+    assert set(open_checkpoint(tmp_path / "merged").norm_stats) == {"mine"}
     with pytest.raises(ValueError, match="exists"):
         lora.merge(run, tmp_path / "merged")
 
@@ -282,7 +282,7 @@ def setup(tmp_path):
 
 
 def run_here(argv):
-    return train.train(configure(finetune_lora.Config, argv), finetune_lora.build, finetune_lora.export)
+    return train.train(configure(finetune_lora.Config, argv), finetune_lora.build)
 
 
 def test_run_sample_and_merge(setup, tmp_path):
@@ -297,10 +297,10 @@ def test_run_sample_and_merge(setup, tmp_path):
     adapter = (run / "adapter_model.safetensors").stat().st_size
     assert saved < 4 * adapter < (base / "model-00001-of-00001.safetensors").stat().st_size
     picture = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
-    apart = sample.load(run)
+    apart = policy.load_policy(run)
     lora.merge(run, tmp_path / "merged")
-    whole = sample.load(tmp_path / "merged")
-    tokens = [sample.predict_tokens(p, [picture], ["do 1"], 7) for p in (apart, whole)]
+    whole = policy.load_policy(tmp_path / "merged")
+    tokens = [policy.predict_tokens(p, [picture], ["do 1"], 7) for p in (apart, whole)]
     assert torch.equal(*tokens)
     assert apart.norm_stats.keys() == whole.norm_stats.keys()
 
@@ -313,7 +313,7 @@ def test_an_adapter_on_other_weights(setup, tmp_path):
     tensors = load_file(file)
     save_file({k: v + 0.01 for k, v in tensors.items()}, file, {"format": "pt"})
     with pytest.warns(UserWarning, match="trained on other weights"):
-        sample.load(tmp_path / "run")
+        policy.load_policy(tmp_path / "run")
     with pytest.warns(UserWarning, match="trained on other weights"):
         lora.merge(tmp_path / "run", tmp_path / "merged")
     with pytest.raises(ValueError, match="its frozen parts are not the weights that"):
@@ -342,8 +342,8 @@ def test_resumed_is_uninterrupted(setup, tmp_path):
 
 def test_one_save_per_interval(setup, tmp_path, monkeypatch):
     _, options = setup
-    saves, save = [], train.save
-    monkeypatch.setattr(train, "save", lambda run, step, *rest: (saves.append(step), save(run, step, *rest)))
+    saves, save = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda run, step, *rest: (saves.append(step), save(run, step, *rest)))
     run_here(options("run", "--micro_batch_size", "1", "--save_every", "2"))  # 4 micro-batches a step
     assert saves == [2, 4, 6]
 
@@ -365,17 +365,17 @@ def test_errors_before_long_work(setup, tmp_path, capsys):
         (["--data_root_dir", "x"], "base_checkpoint"),
         ([*options("a"), "--quantize_base", "int3"], "nf4"),
         ([*options("a"), "--lora_targets", "head"], "lora_targets"),
-        (["--merge", "a"], "go together"),
-        (["--merge", str(tmp_path / "nothing"), "--out", "b"], "no such checkpoint folder"),
     ):
         with pytest.raises(SystemExit) as stop:
             finetune_lora.main(configure(finetune_lora.Config, argv))
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
+        lora.merge(tmp_path / "nothing", tmp_path / "b")
     run_here(options("b", "--max_steps", "1"))
     shutil.move(base, tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="base checkpoint"):
-        sample.load(tmp_path / "b")
+        policy.load_policy(tmp_path / "b")
 
 
 # ----------------------------------------------------------------------------- NF4
@@ -448,4 +448,4 @@ def test_quantized_run(setup, tmp_path):
     metrics = run_here(options("run", "--quantize_base", "nf4", "--max_steps", "30"))
     assert metrics["loss"] < 9.5  # from 10.4
     lora.merge(tmp_path / "run", tmp_path / "merged")
-    assert sample.load(tmp_path / "merged").norm_stats
+    assert policy.load_policy(tmp_path / "merged").norm_stats

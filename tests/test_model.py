@@ -6,7 +6,18 @@ import pytest
 import torch
 from common import MODELS, golden, pixels, shared
 
-from model import TOWERS, LlamaConfig, OpenVLA, OpenVLAConfig, ViTConfig, is_unused, rope_tables
+from model import (
+    VISION_ENCODERS,
+    LlamaConfig,
+    OpenVLA,
+    OpenVLAConfig,
+    ViTConfig,
+    attention,
+    attention_weights,
+    is_unused,
+    rope_tables,
+    split_into_shards,
+)
 
 
 def examples(name):
@@ -93,7 +104,7 @@ def test_loss_and_all_gradients(folders, name):
 def test_names_and_shapes_of_the_released_models(name, fused):
     official = json.loads(shared("facts/official_keys_openvla7b.json").read_text())[name]
     keys = {k: tuple(shape) for k, shape in official["parameters"].items()}
-    towers = list(TOWERS.values()) if fused else list(TOWERS.values())[1:]
+    towers = list(VISION_ENCODERS.values()) if fused else list(VISION_ENCODERS.values())[1:]
     with torch.device("meta"):
         model = OpenVLA(OpenVLAConfig(towers))
     ours = {k: tuple(p.shape) for k, p in model.state_dict().items()}
@@ -171,3 +182,39 @@ def test_rope_tables_broadcast():
 def test_prompt_longer_than_the_context(models):
     with pytest.raises(ValueError, match="of 2048 at most"):
         models["tiny-openvla"].generate(torch.ones(1, 1800, dtype=torch.long), torch.zeros(1, 6, 224, 224), 7)
+
+
+@pytest.mark.parametrize("kind", ["all", "causal", "mask"])
+def test_attention_written_out_is_the_fused_call(kind):
+    """softmax(q k^T / sqrt(C)) v, as it is to be read, and as the layers compute it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(2, 1, 5, 5, generator=generator) > 0.3
+    mask |= torch.eye(5, dtype=torch.bool)  # each query sees something
+    options = {"all": {}, "causal": {"is_causal": True}, "mask": {"mask": mask}}[kind]
+    fused = {"attn_mask": options.get("mask"), "is_causal": options.get("is_causal", False)}
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, **fused)
+    torch.testing.assert_close(attention(q, k, v, **options), want, atol=1e-6, rtol=1e-5)
+    rows = attention_weights(q, k, **options).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_attention_maps_are_those_of_the_forward_pass(models):
+    """The values, mixed with a layer's map, are what the layer itself computes."""
+    llama = models["tiny-openvla"].language_model
+    x = torch.randn(2, 7, llama.cfg.hidden_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        maps = list(llama.attention_maps(x))
+        assert len(maps) == llama.cfg.num_hidden_layers and maps[0].shape[-2:] == (7, 7)
+        layer = llama.model.layers[0]
+        h = layer.input_layernorm(x)
+        cos, sin = llama.rope(torch.arange(7), x.dtype)
+        v = layer.self_attn.share_heads(layer.self_attn.project(h, cos, sin)[2])
+        mine = layer.self_attn.o_proj((maps[0] @ v).transpose(1, 2).reshape(x.shape))
+        torch.testing.assert_close(mine, layer.self_attn(h, cos, sin, None, None, 0), atol=1e-5, rtol=1e-4)
+
+
+def test_shards_hold_what_fits():
+    sizes = {"a": 3, "b": 3, "c": 5, "d": 1, "e": 9}
+    assert split_into_shards(sizes, 6) == [["a", "b"], ["c", "d"], ["e"]]  # one that is too large stands alone
+    assert split_into_shards({}, 6) == []

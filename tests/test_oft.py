@@ -15,7 +15,8 @@ from checkpoint import is_oft
 from configurator import configure
 from formats import oxe
 from image import ImageProcessor
-from tokenizer import PAD, PROMPT, Tokenizer, normalize, pad_sequences, unnormalize
+from normalize import normalize, unnormalize
+from tokenizer import PAD, PROMPT, Tokenizer, pad_sequences
 
 TENSORS, INFO = golden("oft")
 
@@ -73,7 +74,7 @@ def test_actions(kind, policies, tokenizer, pixels):
 
 def test_discrete_chunk(policies, tokenizer, pixels):
     prompt = tokenizer.encode_prompt(INFO["discrete"]["instruction"])
-    ids, lengths = policies["discrete"].lay_out([prompt])
+    ids, lengths = policies["discrete"].insert_placeholders([prompt])
     logits = policies["discrete"].act(ids, lengths, pixels(INFO["discrete"]["image"]))
     assert logits.argmax(-1)[0, :-1].tolist() == TENSORS["discrete/token_ids"].tolist()
     got = policies["discrete"].predict([prompt], pixels(INFO["discrete"]["image"]))[0]
@@ -157,12 +158,12 @@ def test_batch_is_its_rows_and_nothing_is_changed(kind, policies, tokenizer, pix
 def test_every_placeholder_sees_every_other(policies, tokenizer, pixels):
     """With a causal mask the last placeholder's input could not change the first action."""
     model = policies["l1"]
-    ids, lengths = model.lay_out([tokenizer.encode_prompt(INFO["instruction"])])
+    ids, lengths = model.insert_placeholders([tokenizer.encode_prompt(INFO["instruction"])])
     with torch.no_grad():
-        text, slots, seen = model.features(ids, lengths, pixels(PRIMARY, WRIST), STATE)
+        text, is_placeholder, tokens = model.features(ids, lengths, pixels(PRIMARY, WRIST), STATE)
         last = text.clone()
-        last[0, slots[0].nonzero()[-1]] += 1
-        first, second = (model.hidden_states(ids, lengths, x, seen)[0, 0] for x in (text, last))
+        last[0, is_placeholder[0].nonzero()[-1]] += 1
+        first, second = (model.hidden_states(ids, lengths, x, tokens)[0, 0] for x in (text, last))
     assert (first - second).abs().max() > 1e-4
 
 
@@ -193,7 +194,7 @@ def test_what_a_folder_must_say(folders, tmp_path, policies):
         O.load_oft(tmp_path / "b")
     with pytest.raises(ValueError, match="state of 8 numbers, got none"):
         policies["l1"].predict([[1, 29871]], torch.zeros(1, 12, 224, 224))
-    with pytest.raises(ValueError, match="1 pictures, this checkpoint wants 2"):
+    with pytest.raises(ValueError, match="1 images, this checkpoint wants 2"):
         policies["l1"].predict([[1, 29871]], torch.zeros(1, 6, 224, 224), STATE)
 
 
@@ -204,12 +205,10 @@ def test_what_a_folder_must_say(folders, tmp_path, policies):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny token model, and demonstrations long enough for chunks of three."""
-    from formats import oxe
     from toy import world as toy
     from train import Config, train
 
     root = tmp_path_factory.mktemp("world")
-    oxe.DATASETS["toy_chunks"] = oxe.Dataset(primary="image", state=("state",))
     toy.write_rlds(root, dict(train=toy.demonstrations(toy.TRAIN, 6, linger=2)), name="toy_chunks")
     tower = dict(embed_dim=16, depth=2, num_heads=2, img_size=28, mlp_dim=32)
     text = dict(vocab_size=32064, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -218,8 +217,16 @@ def world(tmp_path_factory):
     options = dict(data_root_dir=str(root), data_mix="toy_chunks", image_aug=False, num_workers=0, batch_size=4)
     options |= dict(micro_batch_size=4, activation_checkpointing=False, max_steps=2)
     train(Config(**options, random_model=random_model, run_dir=str(root / "base")))
-    yield root, options | dict(base_checkpoint=str(root / "base/checkpoint"), lora_rank=2, action_chunk=3)
-    del oxe.DATASETS["toy_chunks"]
+    return root, options | dict(base_checkpoint=str(root / "base/checkpoint"), lora_rank=2, action_chunk=3)
+
+
+def build(cfg):
+    """What finetune_oft.py builds for a config and its data."""
+    import finetune_oft
+    import train
+
+    train_data, _ = train.open_data(cfg)
+    return finetune_oft.build(cfg, [dataset for dataset, _ in train_data])
 
 
 @pytest.mark.parametrize("head, film, state", [("l1", False, True), ("l1", True, False), ("diffusion", False, True),
@@ -227,6 +234,7 @@ def world(tmp_path_factory):
 def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     """finetune_oft.py -> run folder -> the same chunks from the run and from the merged folder -> closed loop."""
     import finetune_oft as F
+    import policy as acting
     import sample
     import train
     from lora import merge
@@ -238,16 +246,16 @@ def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
         **options, run_dir=str(tmp_path / "run"), views=("primary",), head=head, film=film, use_proprio=state
     )
     F.check(cfg)
-    metrics = train.train(cfg, F.build, F.export, F.forward, cfg.views, cfg.action_chunk)
+    metrics = train.train(cfg, F.build)
     assert np.isfinite(metrics["loss"])
-    policy = sample.load(tmp_path / "run")
+    policy = acting.load_policy(tmp_path / "run")
     assert policy.model.oft == O.OFTConfig(3, 7, 7 * state, 1, head, film)  # known from the folder alone
     merge(tmp_path / "run", tmp_path / "merged")
     pictures, states = [[np.full((224, 224, 3), v, np.uint8)] for v in (40, 200)], np.ones((2, 7), np.float32)
     chunks = []
     for folder in ("run", "merged"):
-        again = sample.load(tmp_path / folder)
-        chunks.append(O.predict_chunk(again, pictures, ["go", "pick up the red cube"], states))
+        again = acting.load_policy(tmp_path / folder)
+        chunks.append(acting.predict_chunk(again, pictures, ["go", "pick up the red cube"], states))
     assert chunks[0].shape == (2, 3, 7)
     np.testing.assert_allclose(*chunks, atol=1e-4)
     picture = tmp_path / "a.png"
@@ -259,7 +267,7 @@ def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     np.testing.assert_allclose(said, chunks[0][0], atol=1e-4)  # diffusion, too: it starts from the same noise
     if not state:
         with pytest.raises(ValueError, match="use predict_chunk"):
-            sample.predict_action(policy, [picture], "go")
+            acting.predict_action(policy, [picture], "go")
         assert play.play(policy, 3, open_loop=3).steps.tolist() == [toy.MAX_STEPS] * 3
 
 
@@ -274,8 +282,8 @@ def test_resumed_is_uninterrupted(head, world, tmp_path):
         for max_steps in stops:
             more = dict(run_dir=str(tmp_path / run), views=("primary",), head=head, max_steps=max_steps)
             cfg = F.Config(**(options | more), use_proprio=False)
-            train.train(cfg, F.build, F.export, F.forward, cfg.views, cfg.action_chunk)
-    whole, resumed = ({**read_adapter(tmp_path / run)[1], **O.component(tmp_path / run, "action_head")}
+            train.train(cfg, F.build)
+    whole, resumed = ({**read_adapter(tmp_path / run)[1], **O.read_component(tmp_path / run, "action_head")}
                       for run in ("whole", "resumed"))  # fmt: skip
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -286,7 +294,7 @@ def test_film_and_heads_are_trained(world, tmp_path):
 
     _, options = world
     cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), film=True, use_proprio=False)
-    model, tokenizer, processor = F.build(cfg)
+    model = build(cfg).model
     trained = {
         name.split(".")[0 if "vla" not in name else 1] for name, p in model.named_parameters() if p.requires_grad
     }
@@ -296,18 +304,16 @@ def test_film_and_heads_are_trained(world, tmp_path):
 
 
 def test_state_of_libero_has_eight_numbers(monkeypatch):
-    import finetune_oft as F
-    from formats import oxe
+    import data
 
-    monkeypatch.setattr(oxe, "DATASETS", dict(oxe.DATASETS))
-    F.read_states_as_oft("libero_4_task_suites_no_noops")
-    assert {oxe.lookup(name).state for name, _ in oxe.mixture("libero_4_task_suites_no_noops")} == {
-        ("EEF_state", "gripper_state")
-    }
+    rows = []
+    monkeypatch.setattr(data, "RLDS", lambda root, name, row, **options: rows.append(row))
+    data.open_mixture("", "libero_4_task_suites_no_noops", oft_state=True)
+    assert {row.state for row in rows} == {("EEF_state", "gripper_state")}
 
 
 def test_aloha_is_normalised_by_minimum_and_maximum(world):
-    from data import Mixture, open_mixture, scheme_of
+    from data import Mixture, open_mixture
     from formats import oxe
 
     root, _ = world
@@ -315,9 +321,9 @@ def test_aloha_is_normalised_by_minimum_and_maximum(world):
     assert {row.scheme for name, row in oxe.DATASETS.items() if "aloha" not in name} == {"bounds_q99"}
     ((dataset, _),) = open_mixture(root, "toy_chunks", action_chunk=3)
     frame, stats = dataset[0], dataset.statistics["action"]
-    assert scheme_of(dataset) == "bounds_q99"
+    assert dataset.scheme == "bounds_q99"
     for scheme in ("bounds_q99", "bounds"):
-        dataset.row = type("Row", (), dict(scheme=scheme))
+        dataset.scheme = scheme
         mixture = Mixture([(dataset, 1.0)], Tokenizer(root / "base/tokenizer.model", PROMPT), action_chunk=3)
         want = normalize(frame["actions"], stats, scheme)
         np.testing.assert_array_equal(mixture.sample(0, 0)["actions"], want)
@@ -329,7 +335,8 @@ def test_discrete_loss_is_that_of_the_language_model(world, tmp_path):
 
     _, options = world
     cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), head="discrete", use_proprio=False)
-    model, tokenizer, _ = F.build(cfg)
+    trainee = build(cfg)
+    model, tokenizer = trainee.model, trainee.tokenizer
     rows = [tokenizer.encode_example(text, np.full((3, 7), 0.5)) for text in ("go", "pick up the red cube")]
     (ids, _), (labels, _) = (pad_sequences([r[i] for r in rows], pad) for i, pad in ((0, PAD), (1, -100)))
     pictures, actions = torch.randn(2, 6, 28, 28), torch.full((2, 3, 7), 0.5)
@@ -341,36 +348,36 @@ def test_discrete_loss_is_that_of_the_language_model(world, tmp_path):
     torch.testing.assert_close(loss, want.mean())
 
 
-def test_several_datasets_make_one_model(world, tmp_path, monkeypatch):
+def test_several_datasets_make_one_model(world, tmp_path):
     import finetune_oft as F
+    import train
 
     root, options = world
-    oxe.DATASETS["more_chunks"] = oxe.DATASETS["toy_chunks"]
+    row = oxe.Dataset(name="more_chunks", primary="image", state=("state",))
     shutil.copytree(root / "toy_chunks", root / "more_chunks")
     for path in (root / "more_chunks/1.0.0").iterdir():
         if path.is_file() and path.name.startswith("toy_chunks"):
             path.rename(path.with_name(path.name.replace("toy_chunks", "more_chunks")))
-    try:
-        mix = [("toy_chunks", 1.0), ("more_chunks", 1.0)]
-        cfg = F.Config(**(options | dict(data_mix=mix)), run_dir=str(tmp_path), views=("primary",), use_proprio=False)
-        assert F.build(cfg)[0].oft == O.OFTConfig(3, 7, 0, 1)
-        monkeypatch.setattr(F, "scheme_of", lambda dataset: dataset.name)
-        with pytest.raises(ValueError, match="one model cannot learn both: toy_chunks needs"):
-            F.build(cfg)
-    finally:
-        del oxe.DATASETS["more_chunks"]
+    mix = [("toy_chunks", 1.0), (row, 1.0)]
+    cfg = F.Config(**(options | dict(data_mix=mix)), run_dir=str(tmp_path), views=("primary",), use_proprio=False)
+    assert build(cfg).model.oft == O.OFTConfig(3, 7, 0, 1)
+    datasets = [dataset for dataset, _ in train.open_data(cfg)[0]]
+    for dataset in datasets:
+        dataset.scheme = dataset.name
+    with pytest.raises(ValueError, match="one model cannot learn both: toy_chunks needs"):
+        F.build(cfg, datasets)
 
 
 def test_objects_that_do_not_fit():
     """Single actions are no chunks: padded with nothing they would teach standing still."""
     from data import Samples
-    from train import Config, open_data
+    from train import Config, open_split
 
     mine = Samples([dict(image=np.zeros((8, 8, 3), np.uint8), action=np.ones(7), instruction="go")] * 3)
     with pytest.raises(ValueError, match="gives 1 actions at a time, training wants 8"):
-        open_data(Config(data_mix=[(mine, 1.0)]), "train", ("primary",), 8)
-    with pytest.raises(ValueError, match="gives 1 pictures at a time, training wants 2"):
-        open_data(Config(data_mix=[(mine, 1.0)]), "train", ("primary", "wrist"), 1)
+        open_split(Config(data_mix=[(mine, 1.0)], action_chunk=8), "train")
+    with pytest.raises(ValueError, match="gives 1 images at a time, training wants 2"):
+        open_split(Config(data_mix=[(mine, 1.0)], views=("primary", "wrist")), "train")
 
 
 def test_objects_that_give_chunks(world, tmp_path):
@@ -387,7 +394,7 @@ def test_objects_that_give_chunks(world, tmp_path):
     rows = [dict(image=np.zeros((8, 8, 3), np.uint8), action=np.full(7, 0.1 * i), instruction="go") for i in range(5)]
     options = world[1] | dict(data_mix=[(Chunks(rows), 1.0)], max_steps=1)
     cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), use_proprio=False)
-    assert np.isfinite(train.train(cfg, F.build, F.export, F.forward, cfg.views, 3)["loss"])
+    assert np.isfinite(train.train(cfg, F.build)["loss"])
 
 
 def test_no_chunk_crosses_the_end(world):

@@ -9,10 +9,11 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sample
+import convert_weights
 from bench import common as bench
-from checkpoint import check_folder
-from configurator import configure
+from checkpoint import open_checkpoint
+from model import INDEX
+from policy import load_policy
 from speed import quantize
 
 
@@ -70,19 +71,17 @@ def test_layer_is_the_restored_weight(bits, dtype):
 def test_folder(whole, tmp_path, bits):
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
     out = tmp_path / "small"
-    quantize.main(
-        configure(
-            quantize.Config, ["--checkpoint", str(whole), "--out", str(out), "--bits", str(bits), "--group", "32"]
-        )
-    )
+    with pytest.raises(SystemExit) as stop:
+        convert_weights.main(["quantize", str(whole), str(out), "--bits", str(bits), "--group", "32"])
+    assert stop.value.code == 0
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
-    check_folder(out)
-    policy = sample.load(out, torch.float32)
+    open_checkpoint(out)
+    policy = load_policy(out, torch.float32)
     layer = policy.model.get_submodule("language_model.model.layers.0.mlp.up_proj")
     assert isinstance(layer, {8: quantize.Int8Linear, 4: quantize.Int4Linear}[bits])
     assert layer.weight.element_size() == 1
     assert layer.weight.data_ptr() % 64 == 0  # the kernels crash on a mapped file's
-    exact = sample.load(whole, torch.float32)
+    exact = load_policy(whole, torch.float32)
     ids = torch.tensor([exact.tokenizer.encode_prompt("put the spoon on the towel")])
     pixels = torch.randn(1, 6, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -114,25 +113,24 @@ def test_large_input_in_float16():
 
 def test_for_inference_only(whole, tmp_path):
     """What needs the weights themselves says so."""
-    import convert_weights
     import train
 
     out = tmp_path / "small"
-    quantize.write(whole, out, 8, 32)
+    convert_weights.quantize_folder(whole, out, 8, 32)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(out))))
     shutil.copy(whole / "model-00001.safetensors", tmp_path / "run" / "adapter_model.safetensors")
     for use in (
-        lambda: train.start(train.Config(base_checkpoint=str(out))),
+        lambda: train.load_or_create(train.Config(base_checkpoint=str(out))),
         lambda: convert_weights.hf_to_prismatic(out, tmp_path / "x"),
-        lambda: sample.load(tmp_path / "run"),
+        lambda: load_policy(tmp_path / "run"),
     ):
         with pytest.raises(ValueError, match="is quantized, for inference only"):
             use()
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 3}}))
     with pytest.raises(ValueError, match="this code knows bits 4 and 8"):
-        sample.load(out)
+        load_policy(out)
 
 
 def test_refusals(whole, tmp_path):
@@ -140,7 +138,7 @@ def test_refusals(whole, tmp_path):
 
     def refuse(match, bits=8, group=32, source=whole, to=out):
         with pytest.raises(ValueError, match=match):
-            quantize.write(source, to, bits, group)
+            convert_weights.quantize_folder(source, to, bits, group)
         assert not out.exists()
 
     refuse("bits must be 8 or 4", bits=3)
@@ -150,22 +148,22 @@ def test_refusals(whole, tmp_path):
     run.mkdir()
     (run / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(whole))))
     refuse("LoRA run", source=run)
-    quantize.write(whole, out, 8, 32)
+    convert_weights.quantize_folder(whole, out, 8, 32)
     with pytest.raises(ValueError, match="quantized already"):
-        quantize.write(out, tmp_path / "again", 8, 32)
+        convert_weights.quantize_folder(out, tmp_path / "again", 8, 32)
 
 
 def test_cut_off(whole, tmp_path, monkeypatch):
     """Killed on the way: there is no folder that looks whole, and the next try starts anew."""
 
     def dies(path, content):
-        if path.name == quantize.INDEX:
+        if path.name == INDEX:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(quantize, "write_json", dies)
+        m.setattr(convert_weights, "write_json", dies)
         with pytest.raises(KeyboardInterrupt):
-            quantize.write(whole, tmp_path / "out", 8, 32)
+            convert_weights.quantize_folder(whole, tmp_path / "out", 8, 32)
     assert not (tmp_path / "out").exists()
-    quantize.write(whole, tmp_path / "out", 8, 32)
-    check_folder(tmp_path / "out")
+    convert_weights.quantize_folder(whole, tmp_path / "out", 8, 32)
+    open_checkpoint(tmp_path / "out")

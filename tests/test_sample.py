@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+import policy as P
 import sample
 from configurator import configure
 from model import INDEX, OpenVLA, is_unused
@@ -30,19 +31,19 @@ def folder(folders, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_official_actions(folders, name, tmp_path):
     """Pictures and instructions in one batch of mixed lengths: the official tokens and actions of each."""
-    policy = sample.load(with_tokenizer(shutil.copytree(folders[name], tmp_path / name)), torch.float32)
+    policy = P.load_policy(with_tokenizer(shutil.copytree(folders[name], tmp_path / name)), torch.float32)
     tensors, info = golden(name)
     pictures = [GOLDENS / e["image"] for e in info["examples"]]
     words = [e["instruction"] for e in info["examples"]]
     for key in info["unnorm_keys"]:
-        actions = sample.predict_action(policy, pictures, words, key)
+        actions = P.predict_action(policy, pictures, words, key)
         assert actions.dtype == np.float64 and actions.shape == (3, 7)
         for i in range(3):
             np.testing.assert_allclose(actions[i], tensors[f"ex{i}/actions/{key}"].numpy(), atol=1e-6)
-    tokens = sample.predict_tokens(policy, pictures, words, 7)
+    tokens = P.predict_tokens(policy, pictures, words, 7)
     assert tokens.tolist() == [tensors[f"ex{i}/predicted_token_ids"].tolist() for i in range(3)]
     if "cross_checks" in info:
-        swapped = sample.predict_action(policy, pictures[:2], words[1::-1], "bridge_orig")
+        swapped = P.predict_action(policy, pictures[:2], words[1::-1], "bridge_orig")
         for i, key in enumerate(("image0_instruction1", "image1_instruction0")):
             np.testing.assert_allclose(swapped[i], info["cross_checks"][key]["actions"], atol=1e-6)
 
@@ -59,22 +60,22 @@ def test_command_line(folder, capsys):
 
 
 def test_a_picture_is_no_list_of_pictures(folder):
-    policy = sample.load(folder)
+    policy = P.load_policy(folder)
     for picture in (np.zeros((64, 64, 3), np.uint8), PICTURE, Image.open(PICTURE)):
-        with pytest.raises(ValueError, match=r"of a single one, \[picture\]"):
-            sample.predict_action(policy, picture, "go", "toy")
+        with pytest.raises(ValueError, match=r"of a single one, \[image\]"):
+            P.predict_action(policy, picture, "go", "toy")
 
 
 def test_broken_numbers_are_no_action(folder):
-    policy, picture = sample.load(folder, torch.float32), [np.zeros((64, 64, 3), np.uint8)]
+    policy, picture = P.load_policy(folder, torch.float32), [np.zeros((64, 64, 3), np.uint8)]
     for wrong in (dict(q01=None), dict(q99=[float("nan")] * 7), dict(q99=[1.0])):
         policy.norm_stats["toy"] = {"action": {**policy.norm_stats["bridge_orig"]["action"], **wrong}}
         with pytest.raises(ValueError, match="'toy', action: q01 and q99 must be finite"):
-            sample.predict_action(policy, picture, "go", "toy")
+            P.predict_action(policy, picture, "go", "toy")
     with torch.no_grad():
         policy.model.language_model.model.norm.weight[3] = float("nan")
     with pytest.raises(ValueError, match="the answer is not finite"):
-        sample.predict_action(policy, picture, "go", "bridge_orig")
+        P.predict_action(policy, picture, "go", "bridge_orig")
 
 
 @pytest.mark.parametrize("name, message", [("gpu", "must be auto, cpu"), ("cuda:9", "sees 0 of that kind"),
@@ -83,7 +84,7 @@ def test_devices_that_are_not_here(name, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        sample.pick_device(name)
+        P.pick_device(name)
 
 
 def test_fine_tuned_without_a_record(folder, capsys):
@@ -95,7 +96,7 @@ def test_fine_tuned_without_a_record(folder, capsys):
     stats = json.loads((folder / "config.json").read_text())["norm_stats"]
     (folder / "dataset_statistics.json").write_text(json.dumps(stats))
     sample.main(configure(sample.Config, argv))
-    assert "does not say how its pictures were prepared" in capsys.readouterr().err
+    assert "does not record how its training images were prepared" in capsys.readouterr().err
     sample.main(configure(sample.Config, [*argv, "--center_crop", "True"]))
     assert "crop" not in capsys.readouterr().err
 
@@ -174,7 +175,7 @@ def no_processor(folder):
 def test_broken_folder(folder, damage, capsys, monkeypatch):
     """One line, exit code 2, and not one weight read."""
     message = damage(folder)
-    monkeypatch.setattr(OpenVLA, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(OpenVLA, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     argv = ["--checkpoint", str(folder), "--image", PICTURE, "--instruction", "x", "--unnorm_key", "toy"]
     with pytest.raises(SystemExit) as end:
         sample.main(configure(sample.Config, argv))
@@ -189,16 +190,16 @@ def test_broken_folder(folder, damage, capsys, monkeypatch):
         (["--checkpoint", "nowhere"], "nowhere: no such checkpoint folder"),
         (["--unnorm_key", "brige"], "unknown unnorm_key 'brige'; the checkpoint has: bridge_orig, toy"),
         (["--unnorm_key", ""], "several datasets and no unnorm_key; the checkpoint has: bridge_orig, toy"),
-        (["--image", __file__], "not a readable picture"),
-        (["--image", "none.png"], "none.png: no such picture"),
+        (["--image", __file__], "not a readable image"),
+        (["--image", "none.png"], "none.png: no such image"),
         (["--instruction", "go " * 2000], "the context has 2048"),
-        (["--instruction", "a", "b"], "one instruction for all pictures, or one for each"),
+        (["--instruction", "a", "b"], "one instruction for all images, or one for each"),
         (["--dtype", "int8"], "--dtype int8"),
         (["--checkpoint", ""], "git clone"),
     ],
 )
 def test_bad_arguments(folder, change, message, capsys, monkeypatch):
-    monkeypatch.setattr(OpenVLA, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(OpenVLA, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
     options = {"--checkpoint": [str(folder)], "--image": [PICTURE], "--instruction": ["x"], "--unnorm_key": ["toy"]}
     options[change[0]] = change[1:]
     with pytest.raises(SystemExit) as end:
@@ -219,17 +220,17 @@ def test_the_only_statistics_are_the_default(folder):
     config = json.loads((folder / "config.json").read_text())
     config["norm_stats"].pop("toy")
     (folder / "config.json").write_text(json.dumps(config))
-    policy = sample.load(folder, torch.float32)
-    action = sample.predict_action(policy, [PICTURE], "put carrot on plate")
+    policy = P.load_policy(folder, torch.float32)
+    action = P.predict_action(policy, [PICTURE], "put carrot on plate")
     np.testing.assert_allclose(action[0], golden("tiny-openvla")[0]["ex0/actions/bridge_orig"].numpy(), atol=1e-6)
 
 
 def test_dataset_statistics_come_on_top(folder):
     mine = {"mine": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}}
     (folder / "dataset_statistics.json").write_text(json.dumps(mine))
-    policy = sample.load(folder, torch.float32)
+    policy = P.load_policy(folder, torch.float32)
     assert set(policy.norm_stats) == {"bridge_orig", "toy", "mine"}
-    action = sample.predict_action(policy, [PICTURE], ["put carrot on plate"], "mine")[0]
+    action = P.predict_action(policy, [PICTURE], ["put carrot on plate"], "mine")[0]
     normalised = golden("tiny-openvla")[0]["ex0/normalized_actions"].numpy()
     np.testing.assert_allclose(action, (normalised + 1) / 2, atol=1e-9)  # no mask: every dimension is scaled
 
@@ -237,18 +238,18 @@ def test_dataset_statistics_come_on_top(folder):
 def test_no_action_is_warned_about(folder):
     name = "language_model.lm_head.weight"
     rewrite(shard_of(folder, name), lambda t: t.update({name: torch.zeros_like(t[name])}))
-    policy = sample.load(folder, torch.float32)
+    policy = P.load_policy(folder, torch.float32)
     with pytest.warns(UserWarning, match="not an action"):
-        sample.predict_action(policy, [PICTURE], "x", "toy")
+        P.predict_action(policy, [PICTURE], "x", "toy")
 
 
 def test_centre_crop_follows_the_checkpoint(folder):
-    policy = sample.load(folder, torch.float32)
-    plain, crop = sample.prepare(policy, PICTURE), sample.prepare(policy, PICTURE, crop=True)
+    policy = P.load_policy(folder, torch.float32)
+    plain, crop = P.prepare_image(policy, PICTURE), P.prepare_image(policy, PICTURE, crop=True)
     assert not np.array_equal(plain, crop)
     policy.processor.trained_on = ("center_crop",)
-    assert np.array_equal(sample.prepare(policy, PICTURE), crop)
-    assert np.array_equal(sample.prepare(policy, PICTURE, crop=False), plain)
+    assert np.array_equal(P.prepare_image(policy, PICTURE), crop)
+    assert np.array_equal(P.prepare_image(policy, PICTURE, crop=False), plain)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 300_000])

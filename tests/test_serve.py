@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import sample
 from configurator import configure
+from policy import load_policy, predict_action, predict_chunk
 from robots import serve
 
 requests = pytest.importorskip("requests", reason="pip install -r requirements-serve.txt")
@@ -42,7 +42,8 @@ def folder(folders, tmp_path_factory):
 def start(folder, *argv: str):
     """A server of its own process -> (process, its address), when it answers."""
     port = free_port()
-    command = [sys.executable, "serve.py", "--checkpoint", str(folder), "--port", str(port), "--dtype", "float32"]
+    command = [sys.executable, "-m", "robots.serve", "--checkpoint", str(folder)]
+    command += ["--port", str(port), "--dtype", "float32"]
     process = subprocess.Popen([*command, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
@@ -86,8 +87,8 @@ def picture(seed: int) -> np.ndarray:
 
 
 def wanted(folder, pictures, words, key="bridge_orig"):
-    policy = sample.load(folder, torch.float32)
-    return [sample.predict_action(policy, [p], [w], key)[0] for p, w in zip(pictures, words, strict=True)]
+    policy = load_policy(folder, torch.float32)
+    return [predict_action(policy, [p], [w], key)[0] for p, w in zip(pictures, words, strict=True)]
 
 
 @pytest.mark.filterwarnings("ignore:not an action")
@@ -105,7 +106,8 @@ def test_official_client(server, folder):
 
 @pytest.mark.filterwarnings("ignore:not an action")
 def test_client_of_the_readme(server, folder):
-    code = re.search(r"```python\n(# client\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    page = ROOT / "docs" / "serving.md"
+    code = re.search(r"```python\n(# client\.py\n.*?)```", page.read_text(), re.DOTALL)[1]
     exec(code, client := {})
     (want,) = wanted(folder, [picture(0)], WORDS[:1])
     np.testing.assert_allclose(client["act"](server, picture(0), WORDS[0]), want, atol=1e-12)
@@ -171,7 +173,7 @@ GOOD = {"image": array(np.zeros((8, 8, 3), np.uint8)), "instruction": "lift it"}
         (dict(json=[1]), 422, "this is list"),
         (dict(json={}), 422, "image"),
         (dict(json={**GOOD, "image": [[0]]}), 422, "json-numpy"),
-        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 pictures in `image`; this policy looks at 1"),
+        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 images in `image`; this policy takes 1"),
         (dict(json={**GOOD, "image": {**GOOD["image"], "shape": [9, 9, 3]}}), 422, "are no uint8 array"),
         (dict(json={**GOOD, "image": {**GOOD["image"], "dtype": "|O"}}), 422, "array"),
         (dict(json={**GOOD, "image": {"__numpy__": "", "dtype": "M8[s/0]", "shape": [0]}}), 422, "no plain number"),
@@ -182,20 +184,20 @@ GOOD = {"image": array(np.zeros((8, 8, 3), np.uint8)), "instruction": "lift it"}
         ),
         (dict(json={**GOOD, "image": array(np.zeros((1, 9000, 3), np.uint8))}), 413, "9000 x 1"),
         (dict(json={**GOOD, "image": array(np.zeros((8, 8, 3)))}), 422, "uint8"),
-        (dict(json={**GOOD, "image": array(np.zeros((0, 8, 3), np.uint8))}), 422, "empty|picture"),
+        (dict(json={**GOOD, "image": array(np.zeros((0, 8, 3), np.uint8))}), 422, "empty|image"),
         (dict(json={**GOOD, "instruction": " "}), 422, "instruction"),
         (dict(json={**GOOD, "instruction": "word " * 3000}), 422, "context"),
         (dict(json={**GOOD, "unnorm_key": "nowhere"}), 422, "the checkpoint has: bridge_orig, toy"),
         (dict(json={**GOOD, "unnorm_key": [1]}), 422, "unnorm_key"),
         (dict(files={"image": b"GIF89a"}, data={"instruction": "x"}), 422, "no PNG or JPEG"),
         (dict(files={"image": huge_png(40_000)}, data={"instruction": "x"}), 413, "1600000000 pixels"),
-        (dict(files={"image": huge_png(7_000)}, data={"instruction": "x"}), 413, "a picture of 7000 x 7000"),
+        (dict(files={"image": huge_png(7_000)}, data={"instruction": "x"}), 413, "an image of 7000 x 7000"),
         (
             dict(files={"image": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, data={"instruction": "x"}),
             422,
             "no PNG",
         ),
-        (dict(files={"other": b"x"}, data={"instruction": "x"}), 422, "0 pictures"),
+        (dict(files={"other": b"x"}, data={"instruction": "x"}), 422, "0 images"),
         (dict(data=bytes(33_000_000)), 413, "at most 32 MB"),
         (dict(data=(b"a" for _ in range(3))), 411, "Content-Length"),
     ],
@@ -305,14 +307,14 @@ def test_chunks_and_a_length(server):
 def test_one_bad_request_in_a_batch(monkeypatch):
     """An error in the model is the answer of the one that it is due to."""
 
-    def ask(policy, some, crop):
-        if any(r["bad"] for r in some):
+    def predict(policy, requests, crop):
+        if any(r["bad"] for r in requests):
             raise KeyError("proprio")
-        return [np.full(7, r["number"]) for r in some]
+        return [np.full(7, r["number"]) for r in requests]
 
-    monkeypatch.setattr(serve, "ask", ask)
+    monkeypatch.setattr(serve, "predict", predict)
     requests_ = [dict(number=i, bad=i == 2, unnorm_key=key) for i, key in enumerate("aaabb")]
-    answers = serve.act(None, requests_, None)
+    answers = serve.answer_batch(None, requests_, None)
     assert [isinstance(a, KeyError) for a in answers] == [False, False, True, False, False]
     assert [a[0] for i, a in enumerate(answers) if i != 2] == [0, 1, 3, 4]
 
@@ -321,12 +323,12 @@ def test_one_bad_request_in_a_batch(monkeypatch):
 def test_oft(folders, tmp_path):
     """Two pictures and a state; what does not fit is refused; the answer is predict_chunk's."""
     from model import OpenVLA
-    from oft import OFT, OFTConfig, predict_chunk, save_oft
+    from oft import OFT, OFTConfig, save_oft
 
     folder = with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m"))
     vla = OpenVLA.from_pretrained(folder, torch.float32)
     save_oft(OFT(vla, OFTConfig(action_chunk=2, proprio_dim=7)), folder, torch.float32)
-    policy = sample.load(folder, torch.float32)
+    policy = load_policy(folder, torch.float32)
     want = predict_chunk(policy, [[picture(0), picture(1)]], ["go"], np.full((1, 7), 0.1), "toy")[0]
     good = {"image": [array(picture(0)), array(picture(1))], "instruction": "go", "state": [0.1] * 7}
     process, url = start(folder, "--unnorm_key", "toy")
@@ -335,7 +337,7 @@ def test_oft(folders, tmp_path):
         assert answer.shape == (2, 7)
         np.testing.assert_allclose(answer, want, atol=1e-9)
         for change, reason in (
-            ({"image": good["image"][:1]}, "1 pictures"),
+            ({"image": good["image"][:1]}, "1 images"),
             ({"state": None}, "7 finite numbers"),
             ({"state": [1, 2]}, "7 finite numbers"),
             ({"state": [10**400] * 7}, "."),
@@ -354,13 +356,13 @@ def test_clients_that_have_gone(folder, monkeypatch):
 
     answered = []
 
-    def act(policy, some, crop):
-        answered.extend(r["instruction"] for r in some)
+    def answer_batch(policy, requests, crop):
+        answered.extend(r["instruction"] for r in requests)
         time.sleep(0.5)
-        return [np.zeros(7)] * len(some)
+        return [np.zeros(7)] * len(requests)
 
-    monkeypatch.setattr(serve, "act", act)
-    app = serve.make_app(sample.load(folder, torch.float32), serve.Config(unnorm_key="toy", max_batch=1))
+    monkeypatch.setattr(serve, "answer_batch", answer_batch)
+    app = serve.make_app(load_policy(folder, torch.float32), serve.Config(unnorm_key="toy", max_batch=1))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))

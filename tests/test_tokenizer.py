@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer as T
+from model import PAD_TOKEN_ID
+from normalize import normalize, unnormalize
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +89,27 @@ def test_normalisation_fixtures():
         keys = ("mean", "std", "max", "min", "q01", "q99", "mask")
         stats = {k: fixture[f"{kind}::{k}"] for k in keys if f"{kind}::{k}" in fixture}
         for scheme in ("normal", "bounds", "bounds_q99"):
-            out = T.normalize(fixture["x"], stats, scheme)
+            out = normalize(fixture["x"], stats, scheme)
             assert np.array_equal(out, fixture[f"out_{kind}_{scheme}"]), (kind, scheme)
 
 
 @given(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3))
 def test_unnormalise_inverts_normalise(y):
     stats = dict(q01=[-2.0, 0.1, 0.0], q99=[3.0, 0.2, 1.0], min=[-3, 0, 0], max=[4, 1, 1], mask=[True, True, False])
-    x = T.unnormalize(np.array(y), stats)
+    x = unnormalize(np.array(y), stats)
     assert x.dtype == np.float64 and x[2] == y[2]
-    np.testing.assert_allclose(T.normalize(x, stats), y, atol=2e-6)
+    np.testing.assert_allclose(normalize(x, stats), y, atol=2e-6)
 
 
 def test_inputs_are_not_changed():
     x, stats = np.array([[5.0, 0.5]], np.float32), dict(q01=[0.0, 0.0], q99=[1.0, 1.0], min=[0, 0], max=[9, 1])
     before = x.copy()
-    T.normalize(x, stats), T.unnormalize(x, stats), T.encode_action(x)
+    normalize(x, stats), unnormalize(x, stats), T.encode_action(x)
     assert np.array_equal(x, before)
+
+
+def test_one_padding_token():
+    assert T.PAD == PAD_TOKEN_ID == 32000  # two files that import nothing of each other
 
 
 def test_prompt_is_chosen_by_the_config():

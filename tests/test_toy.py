@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+import quickstart
 from formats import rlds
 from tokenizer import BLANK, Tokenizer, make_standin
 from toy import world as toy
@@ -139,3 +140,9 @@ def test_each_word_is_a_token(tmp_path):
         assert tokenizer.decode(tokenizer.encode(words)) == words
     assert max(max(tokenizer.encode(chr(c))) for c in range(1, 0x2FFF)) < 31744  # action ids never come from text
     assert tokenizer.encode_prompt("lift the red ball")[-1] == BLANK == sp.piece_to_id("▁")
+
+
+def test_quickstart_stops_at_a_command_that_fails(capfd):
+    with pytest.raises(SystemExit) as end:
+        quickstart.run("python -c 'raise SystemExit(3)'")
+    assert end.value.code == 3 and "$ python -c" in capfd.readouterr().out

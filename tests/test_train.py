@@ -16,11 +16,13 @@ from common import ROOT, golden, pixels, shared
 from safetensors.torch import load_file
 
 import model
+import policy as acting
+import resume
 import train
-from checkpoint import check_folder
+from checkpoint import open_checkpoint
 from configurator import configure
 from data import Samples
-from formats import oxe, rlds
+from formats import rlds
 from model import OpenVLA
 from tokenizer import PAD, make_standin
 from toy import world as toy
@@ -28,7 +30,7 @@ from toy import world as toy
 
 def test_loss_accuracy_and_l1_as_in_the_official_loop(models):
     """The golden training batch through train.forward's counting: the official loss, action accuracy and L1."""
-    from metrics import count
+    from metrics import count_tokens
 
     model, (tensors, info) = models["tiny-openvla"], golden("tiny-openvla")
     pixel_values = torch.cat([pixels(info, e) for e in info["examples"]])
@@ -37,7 +39,7 @@ def test_loss_accuracy_and_l1_as_in_the_official_loop(models):
     assert loss.item() == pytest.approx(info["train"]["loss"], abs=1e-5)
     trained = labels[:, 1:] >= 0
     which = torch.arange(3)[:, None].expand_as(trained)[trained]
-    counts = count(logits, labels[:, 1:][trained], which, 3)
+    counts = count_tokens(logits.argmax(-1), labels[:, 1:][trained], which, 3)
     n, right, error = counts.sum(0).tolist()
     assert n == 21 and counts[:, 0].tolist() == [7, 7, 7]
     assert right / n == pytest.approx(info["train"]["action_accuracy"], abs=1e-6)
@@ -193,7 +195,7 @@ def test_killed_at_any_point_and_resumed_equals_uninterrupted(config, tmp_path):
 
 def test_killed_while_saving_keeps_the_checkpoint_before(config, tmp_path, monkeypatch):
     train_here(config("whole"))
-    real, calls = train.dcp.save, []
+    real, calls = resume.dcp.save, []
 
     def save(state, checkpoint_id):
         calls.append(checkpoint_id)
@@ -202,10 +204,10 @@ def test_killed_while_saving_keeps_the_checkpoint_before(config, tmp_path, monke
             next(checkpoint_id.glob("*.distcp")).write_bytes(b"half of a fi")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.dcp, "save", save)
+    monkeypatch.setattr(resume.dcp, "save", save)
     with pytest.raises(KeyboardInterrupt):
         train_here(config("cut", "--save_every", "1"))
-    assert [p.name for p in train.complete_checkpoints(tmp_path / "cut")] == ["step-000001", "step-000002"]
+    assert [p.name for p in resume.complete_checkpoints(tmp_path / "cut")] == ["step-000001", "step-000002"]
     train_here(config("cut", "--save_every", "1"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and same_weights(tmp_path / "whole", tmp_path / "cut")
 
@@ -245,7 +247,6 @@ def test_sigterm_saves_and_says_how_to_resume(config, tmp_path):
 
 
 def test_activation_checkpointing_and_validation_change_nothing(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(oxe, "DATASETS", {**oxe.DATASETS, "toy": oxe.Dataset(primary="image", state=("state",))})
     toy.write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 10)))
 
     def run(name: str, *options: str) -> dict:
@@ -264,13 +265,11 @@ def test_activation_checkpointing_and_validation_change_nothing(config, tmp_path
 
 def test_export_is_what_was_trained(config, tmp_path):
     """sample.py on the export: the tokens of the trained model itself, at greedy decoding."""
-    import sample
-
     train_here(config("run"))
-    policy = sample.load(tmp_path / "run" / "checkpoint")
+    policy = acting.load_policy(tmp_path / "run" / "checkpoint")
     assert policy.processor.trained_on == ("lanczos3", "center_crop") and list(policy.norm_stats) == ["mine"]
     picture = np.full((28, 28, 3), 90, np.uint8)
-    assert sample.predict_action(policy, [picture], ["do 1"]).shape == (1, 7)
+    assert acting.predict_action(policy, [picture], ["do 1"]).shape == (1, 7)
     names = {p.name for p in (tmp_path / "run" / "checkpoint").iterdir()}
     official = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model"}
     assert official | {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"} <= names
@@ -279,14 +278,21 @@ def test_export_is_what_was_trained(config, tmp_path):
 def test_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     calls = []
 
-    def forward(*args):
-        loss, sums = train.forward(*args)
-        calls.append(1)
-        return loss * (torch.nan if len(calls) == 4 else 1), sums
+    def build(cfg, datasets):
+        trainee = train.build(cfg, datasets)
+        real = trainee.model.loss
+
+        def loss(batch):
+            value, predicted = real(batch)
+            calls.append(1)
+            return value * (torch.nan if len(calls) == 4 else 1), predicted
+
+        trainee.model.loss = loss
+        return trainee
 
     with pytest.raises(ValueError, match=r"not finite in step 3 \(samples 12 to 15 of the stream"):
-        train_here(config("nan", "--save_every", "2"), forward=forward)
-    assert [p.name for p in train.complete_checkpoints(tmp_path / "nan")] == ["step-000002"]
+        train_here(config("nan", "--save_every", "2"), build=build)
+    assert [p.name for p in resume.complete_checkpoints(tmp_path / "nan")] == ["step-000002"]
 
 
 @pytest.mark.parametrize(
@@ -394,21 +400,21 @@ def test_killed_while_exporting_again(config, tmp_path, monkeypatch):
         patch.setattr("model.write_json", killed)
         train_here(config("run", "--max_steps", "4"))
     with pytest.raises(FileNotFoundError, match="weight file missing"):
-        check_folder(tmp_path / "run" / "checkpoint")
+        open_checkpoint(tmp_path / "run" / "checkpoint")
     train_here(config("run", "--max_steps", "4"))
-    check_folder(tmp_path / "run" / "checkpoint")
+    open_checkpoint(tmp_path / "run" / "checkpoint")
 
 
 def test_actions_scaled_by_minimum_and_maximum(config, tmp_path, monkeypatch):
     """ALOHA's way: what the model writes goes back to units by the same two numbers."""
-    import sample
     from tokenizer import decode_action
 
-    monkeypatch.setattr(train, "scheme_of", lambda dataset: "bounds")
-    train_here(config("run", "--max_steps", "1"))
-    policy = sample.load(tmp_path / "run" / "checkpoint")
-    monkeypatch.setattr(sample, "predict_tokens", lambda *_: torch.tensor([[31872] * 7]))
-    action = sample.predict_action(policy, [np.zeros((28, 28, 3), np.uint8)], "do 1")
+    cfg = configure(train.Config, config("run", "--max_steps", "1"))
+    cfg.data_mix[0][0].scheme = "bounds"
+    train.train(cfg)
+    policy = acting.load_policy(tmp_path / "run" / "checkpoint")
+    monkeypatch.setattr(acting, "predict_tokens", lambda *_: torch.tensor([[31872] * 7]))
+    action = acting.predict_action(policy, [np.zeros((28, 28, 3), np.uint8)], "do 1")
     stats, y = policy.norm_stats["mine"]["action"], decode_action(np.array(31872))
     want = [0.5 * (y + 1) * (h - m) + m for m, h in zip(stats["min"], stats["max"], strict=True)]
     np.testing.assert_allclose(action[0, :6], want[:6])
@@ -434,7 +440,7 @@ def test_a_gripper_in_millimetres_is_warned_about(config, tmp_path, capsys):
 
 
 def test_not_enough_disk(config, capsys, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(SystemExit):
         train.main(configure(train.Config, config("run")))
     assert "the disk has 0.0" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 import torch
 from common import with_tokenizer
 
-import sample
-from robots import widowx as eval_bridge
+from policy import load_policy, predict_action
+from robots import widowx
 
 
 class Robot:
@@ -70,7 +70,7 @@ def evaluate(folder, tmp_path, monkeypatch):
         left = iter(answers)
         monkeypatch.setattr("builtins.input", lambda question: next(left))
         options = dict(episodes=2, max_steps=3, frequency=1000.0, dtype="float32") | options
-        eval_bridge.main(eval_bridge.Config(checkpoint=str(folder), out=str(tmp_path / "out"), **options))
+        widowx.main(widowx.Config(checkpoint=str(folder), out=str(tmp_path / "out"), **options))
         assert next(left, None) is None, "more was to be typed"
         return [json.loads(line) for line in (tmp_path / "out" / "episodes.jsonl").read_text().splitlines()]
 
@@ -91,11 +91,11 @@ def test_protocol(evaluate, folder, tmp_path, capsys):
     assert move[2] is True and np.allclose(move[1][:3, 3], [0.3, -0.09, 0.26])
     assert "1 of 2" in capsys.readouterr().out
 
-    policy = sample.load(folder, torch.float32)  # the same picture, by the same steps
+    policy = load_policy(folder, torch.float32)  # the same picture, by the same steps
     policy.processor.trained_on = ("lanczos3",)
     steps = [json.loads(line) for line in (tmp_path / "out" / "episode-001.jsonl").read_text().splitlines()]
     picture = np.full((480, 640, 3), 4, np.uint8)
-    want = sample.predict_action(policy, [picture], ["lift the pot"], "bridge_orig")[0]
+    want = predict_action(policy, [picture], ["lift the pot"], "bridge_orig")[0]
     np.testing.assert_allclose(steps[0]["action"], want, atol=1e-9)
     np.testing.assert_array_equal(steps[0]["action"], Robot.calls[4][1])
     assert (tmp_path / "out" / "episode-001.gif").is_file() and steps[0]["state"] == list(range(7))
@@ -152,11 +152,11 @@ def test_refusals(folder, tmp_path, capsys, monkeypatch):
     )
     for options, reason in wrong:
         with pytest.raises(SystemExit):
-            eval_bridge.main(eval_bridge.Config(out=str(tmp_path / "out"), **options))
+            widowx.main(widowx.Config(out=str(tmp_path / "out"), **options))
         assert reason in capsys.readouterr().err
 
 
 def test_silent_robot(monkeypatch):
     monkeypatch.setattr(Robot, "silent", True)
     with pytest.raises(ConnectionError, match="no observation"):
-        eval_bridge.observe(Robot("h", 1), patience=0.0)
+        widowx.observe(Robot("h", 1), patience=0.0)

@@ -1,103 +1,137 @@
 """
-A policy in the toy world, in closed loop: how often it does what it was told, with pictures to look at.
+Let a policy act in the toy world, and count how often it does what it was asked to do.
 
-    python play.py --checkpoint runs/toy/checkpoint --out runs/toy
+    python -m toy.play --checkpoint runs/toy/checkpoint --out runs/toy
 
-Three numbers over the same unseen scenes: the policy's success; that of the same model before training; and how often
-the originally named object is picked up when the instruction names another one (a policy that does not listen would not
-notice). Success is read off the world's state.
+Three numbers, over the same unseen scenes:
+- how often the policy picks up the object that the instruction names,
+- how often the same model does before training,
+- how often the policy still picks up that object when the instruction names another one. A policy that does not listen
+  would not notice the difference.
 
-Axes: n scenes, T steps, A action dimensions.
+Success is read off the world's state. OFT policies, and all policies with --controls False, get the first number only.
+
+Axes: n scenes, T steps, K actions of a chunk, A = 7 action dimensions.
 """
 
 import json
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from configurator import configure, fail
+from files import write_json
 from metrics import plot_actions, wilson
-from oft import predict_chunk
-from sample import Policy, dataset_stats, load, predict_action
-from toy import world as toy
+from model import OpenVLA
+from policy import Policy, dataset_stats, load_policy, predict_action, predict_chunk
+from toy import world
 
 
 @dataclass
 class Config:
     checkpoint: str = "runs/toy/checkpoint"
-    out: str = "runs/toy"  # where rollouts.gif and actions.png go
+    out: str = "runs/toy"  # where rollouts.gif, actions.png and evaluation.json go
     scenes: int = 200  # unseen ones
-    open_loop: int = 0  # of an OFT policy: actions of a chunk that are carried out before the next question; 0: all
+    open_loop: int = 0  # of an OFT policy: actions of a chunk that are carried out before it is asked again; 0: all
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
+    changed: bool = False  # in the changed world of toy/transfer.py
+    controls: bool = True  # also an untrained model and swapped instructions, with a video and a plot
 
 
-MOVING = {0: "dx (m)", 1: "dy (m)", 2: "dz (m)", 6: "gripper"}  # dimensions of an action
+MOVING = {0: "dx (m)", 1: "dy (m)", 2: "dz (m)", 6: "gripper"}  # dimensions of an action that are not always 0
 
 
-def play(policy: Policy, scenes: int, unnorm_key: str = "", open_loop: int = 1, **options) -> toy.Result:
+def play(policy: Policy, scenes: int, unnorm_key: str = "", open_loop: int = 1, **options) -> world.Result:
     """
-    The policy in that many unseen scenes. open_loop: actions of an answer that are carried out before the next question
-    (a token model's answers have one); further options as those of toy.rollout.
+    Let the policy act in that many unseen scenes.
+
+    open_loop: actions of an answer that are carried out before it is asked again. (A token model's answer has one.)
+    options: further ones of world.rollout, such as world, swap and record.
     """
 
     def act(images: np.ndarray, instructions: list[str]) -> np.ndarray:
-        return predict_chunk(policy, [[image] for image in images], instructions, None, unnorm_key)[:, :open_loop]
+        single_views = [[image] for image in images]
+        chunks = predict_chunk(policy, single_views, instructions, unnorm_key=unnorm_key)  # (n, K, A)
+        return chunks[:, :open_loop]
 
-    return toy.rollout(act, toy.TEST, scenes, **options)
-
-
-def report(name: str, ok: np.ndarray):
-    low, high = wilson(int(ok.sum()), len(ok))
-    print(f"{name:48s} {ok.mean():6.1%}   (95 % interval {low:.1%} to {high:.1%}, {len(ok)} unseen scenes)")
+    return world.rollout(act, world.TEST, scenes, **options)
 
 
-def evaluate(policy: Policy, scenes: int, out: Path, unnorm_key: str = "") -> dict:
-    """Print and return the three success rates (fractions); write a film of eight rollouts and a plot to `out`."""
+def evaluate(policy: Policy, scenes: int, out: Path, setting: world.World, unnorm_key: str = "") -> dict[str, float]:
+    """Print and return the three success rates (fractions). Writes a video of eight rollouts and a plot to `out`."""
     start = time.perf_counter()
-    trained = play(policy, scenes, unnorm_key, record=8)
-    swapped = play(policy, scenes, unnorm_key, swap=True)
-    toy.save_gif(out / "rollouts.gif", trained.episodes)
-    plot_actions(out / "actions.png", compare(policy, unnorm_key), MOVING)
-    weights = {k: v.clone() for k, v in policy.model.state_dict().items()}
-    policy.model.init_weights(seed=1)
+    trained = play(policy, scenes, unnorm_key, world=setting, record=8)
+    swapped = play(policy, scenes, unnorm_key, world=setting, swap=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an untrained model writes no actions; they are decoded all the same
-        untrained = play(policy, scenes, unnorm_key)
-    policy.model.load_state_dict(weights)
-    rows = dict(success=trained.success, success_untrained=untrained.success, success_swapped=swapped.success)
-    for name, ok in {**rows, "success of the other object, when that is named": swapped.other}.items():
-        report(name, ok)
+        warnings.simplefilter("ignore")  # an untrained model generates no actions; they are decoded all the same
+        untrained = play(without_training(policy), scenes, unnorm_key, world=setting)
+
+    world.save_gif(out / "rollouts.gif", trained.episodes)
+    plot_actions(out / "actions.png", compare(policy, setting, unnorm_key), MOVING)
+
+    rates = {
+        "success": trained.success,
+        "success_untrained": untrained.success,
+        "success_swapped": swapped.success,
+    }
+    for name, success in rates.items():
+        print_rate(name, success)
+    print_rate("success of the other object, when that is named", swapped.other)
     print(f"{trained.steps.mean():.1f} steps on average; {time.perf_counter() - start:.0f} s")
-    return {f"toy/{name}": float(ok.mean()) for name, ok in rows.items()}
+    return {f"toy/{name}": float(success.mean()) for name, success in rates.items()}
 
 
-def compare(policy: Policy, unnorm_key: str, episodes: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What the expert did in unseen episodes, and what the policy says to the same pictures, (T, A) each."""
-    out = []
-    for e in toy.demonstrations(toy.VAL, episodes):
-        T = len(e["action"])
-        out.append((e["action"], predict_action(policy, e["image"][:T], [e["instruction"]] * T, unnorm_key)))
-    return out
+def without_training(policy: Policy) -> Policy:
+    """Return the policy with random weights."""
+    model = OpenVLA(policy.vla.cfg).init_weights(seed=1)
+    return replace(policy, model=model.to(policy.device, policy.dtype))
+
+
+def compare(
+    policy: Policy, setting: world.World, unnorm_key: str, episodes: int = 4
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return for unseen episodes what the expert did, and what the policy answers to the same images, (T, A) each."""
+    pairs = []
+    for episode in world.demonstrations(world.VAL, episodes, setting):
+        T = len(episode["action"])
+        images = episode["image"][:T]  # without the one that shows how it ended
+        answers = predict_action(policy, images, [episode["instruction"]] * T, unnorm_key)
+        pairs.append((episode["action"], answers))
+    return pairs
+
+
+def print_rate(name: str, success: np.ndarray):
+    """Print a success rate, from (n,) bool, with its 95 % interval."""
+    low, high = wilson(int(success.sum()), len(success))
+    interval = f"95 % interval {low:.1%} to {high:.1%}, {len(success)} unseen scenes"
+    print(f"{name:48s} {success.mean():6.1%}   ({interval})")
 
 
 def main(cfg: Config):
     if cfg.scenes < 1:
         fail(f"--scenes {cfg.scenes}: must be 1 or more")
     try:
-        policy = load(cfg.checkpoint)
+        policy = load_policy(cfg.checkpoint)
         dataset_stats(policy.norm_stats, cfg.unnorm_key, cfg.checkpoint)
     except (ValueError, OSError) as error:
         fail(error)
-    if oft := getattr(policy.model, "oft", None):
-        steps = cfg.open_loop or oft.action_chunk
-        ok = play(policy, cfg.scenes, cfg.unnorm_key, open_loop=steps).success
-        report(f"success, {steps} of {oft.action_chunk} actions carried out", ok)
+    setting = world.CHANGED if cfg.changed else world.STANDARD
+
+    if policy.is_oft or not cfg.controls:
+        open_loop = cfg.open_loop or policy.action_chunk
+        result = play(policy, cfg.scenes, cfg.unnorm_key, open_loop, world=setting)
+        name = f"success, {open_loop} of {policy.action_chunk} actions carried out" if policy.is_oft else "success"
+        print_rate(name, result.success)
         return
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    print(json.dumps(evaluate(policy, cfg.scenes, Path(cfg.out), cfg.unnorm_key)))
+
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rates = evaluate(policy, cfg.scenes, out, setting, cfg.unnorm_key)
+    write_json(out / "evaluation.json", rates)
+    print(json.dumps(rates))
 
 
 if __name__ == "__main__":

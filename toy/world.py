@@ -1,20 +1,21 @@
 """
 A small world to learn in: a table seen from above with three objects on it, and a gripper.
 
-    python toy.py               demonstrations as an RLDS dataset, data/toy/1.0.0
-    python toy.py --expert      how often the scripted expert reaches its goal
-    python toy.py --gif a.gif   a film of the expert
+    python -m toy.world               write demonstrations as an RLDS dataset, data/toy/1.0.0
+    python -m toy.world --expert      how often the scripted expert reaches its goal
+    python -m toy.world --gif a.gif   a video of the expert
 
 Actions are those of Bridge V2: (dx, dy, dz, droll, dpitch, dyaw) in metres and radians, and a gripper that is 1 for
-open and 0 for closed. Nothing turns here. x points right, y away, z up, all from the table's middle.
+open and 0 for closed. Nothing rotates here. x points right, y away from you, z up. All count from the table's middle.
 
-Disturbed demonstrations as in DART, https://arxiv.org/abs/1703.09327.
-Axes: n scenes, K objects, T steps of an episode.
+The expert is disturbed, so that the demonstrations show how to recover (DART, https://arxiv.org/abs/1703.09327).
+
+Axes: n scenes, K = 3 objects, T steps of an episode.
 """
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,18 +24,63 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from formats.write_rlds import VERSION, write_rlds
 
-SIZE, VIEW = 224, 0.3  # pixels and metres along an edge of the picture
-STEP, GRID = np.array([0.075, 0.075, 0.1]), np.array([0.025, 0.025, 0.1])  # longest and shortest move, metres
-HOME, HOVER, TOP = 0.04, 0.1, 0.14  # where the gripper starts, the height it travels at and the highest
-REACH, NEAR, LOW, LIFTED = 0.05, 0.025, 0.03, 0.08  # grasps within, the expert's own, grasps below, is picked up above
-MAX_STEPS, SHOVE, SHOVES = 20, 8, 0.15  # disturbances that are so much larger, and how often
-TRAIN, VAL, TEST = 0, 1, 2  # seeds; no two have a scene in common
+# The camera
+SIZE = 224  # pixels along an edge of the image
+VIEW = 0.3  # metres of the table along an edge of the image
+SCALE = SIZE / VIEW  # pixels per metre
 
-RGB = dict(red=(218, 44, 50), green=(42, 158, 70), blue=(38, 96, 214), yellow=(244, 206, 44), purple=(142, 66, 190))
-RGB |= dict(orange=(242, 130, 28), pink=(244, 120, 176), cyan=(40, 190, 206), white=(246, 246, 246), black=(40, 40, 44))
+# Where objects stand
+OBJECT_WIDTH = 0.1  # metres
+OBJECT_SPREAD = 0.11  # metres from the table's middle, in x and in y, at most
+OBJECT_GAP = 0.12  # metres between the middles of two objects, at least
+
+# What the gripper can do
+GRIPPER_WIDTH = 0.05  # metres
+GRIPPER_RGB = (70, 74, 84)
+STEP = np.array([0.075, 0.075, 0.1])  # metres, the longest move in x, y and z
+HIGHEST = np.array([0.18, 0.18, 0.14])  # metres, how far it can go
+LOWEST = np.array([-0.18, -0.18, -0.0])  # -0.0: recorded states keep their bits
+START_SPREAD = 0.04  # metres from the table's middle, in x and in y, at most
+HOVER = 0.1  # metres, the height at which it starts and travels
+GRASP_HEIGHT = 0.03  # metres, it grasps only below this
+GRASP_RADIUS = 0.05  # metres, it grasps what is nearer than this
+LIFTED = 0.08  # metres, an object is picked up from this height on
+
+# How the expert moves
+GRID = np.array([0.025, 0.025, 0.1])  # metres; moves are multiples of it: the fewer they are, the sooner learned
+NEAR = 0.025  # metres, how exactly above an object it goes down and closes
+
+# Episodes
+MAX_STEPS = 20  # after these an episode has failed
+LARGE_SHARE = 0.15  # share of the disturbances that are large
+LARGE_FACTOR = 8  # times as far as the others, in x and y
+
+# Seeds; no two have a scene in common
+TRAIN = 0
+VAL = 1
+TEST = 2
+
+RGB = {
+    "red": (218, 44, 50),
+    "green": (42, 158, 70),
+    "blue": (38, 96, 214),
+    "yellow": (244, 206, 44),
+    "purple": (142, 66, 190),
+    "orange": (242, 130, 28),
+    "pink": (244, 120, 176),
+    "cyan": (40, 190, 206),
+    "white": (246, 246, 246),
+    "black": (40, 40, 44),
+}
 SHAPES = ("cube", "ball", "star")
 PHRASES = ("pick up the {}", "grab the {}", "lift the {}", "take the {}")
-WORDS = tuple(dict.fromkeys([*" ".join(PHRASES).split(), *RGB, *SHAPES]))  # all that instructions are made of
+
+# All that instructions are made of, each word once
+WORDS = tuple(dict.fromkeys([*" ".join(PHRASES).split(), *RGB, *SHAPES]))
+
+
+# -----------------------------------------------------------------------------
+# Worlds and scenes
 
 
 @dataclass(frozen=True)
@@ -42,7 +88,7 @@ class World:
     """What differs from one robot to the next."""
 
     colors: tuple[str, ...] = ("red", "green", "blue")
-    table: tuple[int, int, int] = (128, 128, 128)
+    table: tuple[int, int, int] = (128, 128, 128)  # its colour
     follows: bool = True  # the camera is above the gripper; else above the table's middle
     turns: int = 0  # quarter turns of the camera, anticlockwise
     open_value: float = 1.0  # of the gripper's action; one minus it closes
@@ -50,251 +96,472 @@ class World:
     tidy: float = 0.4  # share of the demonstrations in which each colour has its place: a first hold for words
 
 
-CHANGED = World(("orange", "pink", "cyan"), table=(96, 122, 128), turns=1, open_value=0.0)
+STANDARD = World()
+CHANGED = World(colors=("orange", "pink", "cyan"), table=(96, 122, 128), turns=1, open_value=0.0)
 
 
 @dataclass
 class Scene:
+    """The state of the world at one moment, and what may be asked for."""
+
     names: list[str]  # K of "red cube"
     objects: np.ndarray  # (K, 3) metres
-    gripper: np.ndarray  # (3,)
-    phrase: str
+    gripper: np.ndarray  # (3,) metres
+    phrase: str  # one of PHRASES
     named: int  # the object in the instruction
     other: int  # the object in the swapped instruction
     is_open: bool = True
-    held: int = -1
+    held: int = -1  # the object in the gripper; -1: none
+
+    def instruction(self, k: int) -> str:
+        """Return the instruction that asks for object k."""
+        return self.phrase.format(self.names[k])
 
     def is_done(self, k: int) -> bool:
-        """Whether object k is picked up, judged by where it is."""
+        """True if object k is picked up, judged by where it is."""
         return self.held == k and bool(self.objects[k, 2] >= LIFTED)
 
 
 def make_scene(seed: int, index: int, world: World, tidy: bool = False, turn: int = 0) -> Scene:
     """
-    Scene number `index` of the endless list that `seed` stands for. tidy: colours stand in the world's order, left to
-    right. turn 1 or 2: the same, but another object is named.
+    Return scene number `index` of the endless list that belongs to `seed`.
+
+    tidy: colours stand in the world's order, from left to right. turn 1 or 2: the same scene, but another object is
+    named.
     """
     rng = np.random.default_rng([seed, index])
-    gaps = np.zeros((3, 3))
-    while gaps.min() < 0.12:  # metres between objects
-        objects = np.pad(rng.uniform(-0.11, 0.11, (3, 2)), ((0, 0), (0, 1)))
-        gaps = np.linalg.norm(objects[:, None] - objects, axis=-1) + np.eye(3)
+
+    # Three objects, far enough from each other to be grasped alone.
+    nearest = 0.0
+    while nearest < OBJECT_GAP:
+        places = rng.uniform(-OBJECT_SPREAD, OBJECT_SPREAD, (3, 2))
+        objects = np.pad(places, ((0, 0), (0, 1)))  # (K, 3), on the table
+        gaps = np.linalg.norm(objects[:, None] - objects, axis=-1)  # (K, K)
+        nearest = (gaps + np.eye(3)).min()  # an object's gap to itself does not count
+
     colors = rng.permutation(world.colors)[:3].tolist()
     if tidy:
-        places = np.linspace(-0.09, 0.09, len(world.colors))[[world.colors.index(c) for c in colors]]
-        objects[:, 0] = places + rng.uniform(-0.02, 0.02, 3)
-    names = [f"{c} {s}" for c, s in zip(colors, rng.permutation(SHAPES), strict=True)]
-    gripper, (named, other) = np.append(rng.uniform(-HOME, HOME, 2), HOVER), rng.permutation(3)[:2].tolist()
-    named, other = (named + turn) % 3, (other + turn) % 3
-    return Scene(names, objects, gripper, str(rng.choice(PHRASES)), named, other)
+        columns = np.linspace(-0.09, 0.09, len(world.colors))  # metres
+        own_columns = columns[[world.colors.index(color) for color in colors]]
+        objects[:, 0] = own_columns + rng.uniform(-0.02, 0.02, 3)
+    shapes = rng.permutation(SHAPES)
+    names = [f"{color} {shape}" for color, shape in zip(colors, shapes, strict=True)]
+
+    gripper = np.append(rng.uniform(-START_SPREAD, START_SPREAD, 2), HOVER)
+    named, other = rng.permutation(3)[:2].tolist()
+    phrase = str(rng.choice(PHRASES))
+    return Scene(names, objects, gripper, phrase, named=(named + turn) % 3, other=(other + turn) % 3)
 
 
 # -----------------------------------------------------------------------------
 # Drawing
 
 
+class Pen:
+    """Draws one thing in shades of one colour. In its coordinates the thing reaches from -1 to 1, right and down."""
+
+    def __init__(self, size: int, rgb: tuple[int, int, int]):
+        # The image is twice as wide as the thing, and drawn four times as large: smooth edges.
+        self.width = 8 * size
+        self.rgb = rgb
+        self.image = Image.new("RGBA", (self.width, self.width))
+        self.canvas = ImageDraw.Draw(self.image)
+
+    def shade(self, gain: float) -> tuple[int, ...]:
+        """Return the colour, brighter or darker."""
+        return tuple(int(min(255, channel * gain)) for channel in self.rgb)
+
+    def pixels(self, *coordinates: float) -> list[float]:
+        return [(2 + value) * self.width / 4 for value in coordinates]
+
+    def rectangle(self, left: float, top: float, right: float, bottom: float, radius: float, gain: float):
+        """radius: of the corners, in pixels."""
+        self.canvas.rounded_rectangle(self.pixels(left, top, right, bottom), radius, self.shade(gain))
+
+    def ellipse(self, left: float, top: float, right: float, bottom: float, gain: float):
+        self.canvas.ellipse(self.pixels(left, top, right, bottom), self.shade(gain))
+
+    def polygon(self, corners: np.ndarray, gain: float):
+        """corners: (number of corners, 2)."""
+        self.canvas.polygon(self.pixels(*corners.ravel()), self.shade(gain))
+
+
+def draw_cube(pen: Pen):
+    """A dark side, a face, and a lighter middle."""
+    for low, high, gain in ((-0.9, 0.9, 0.62), (-0.9, 0.66, 1.0), (-0.74, 0.5, 1.13)):
+        pen.rectangle(low, low, high, high, radius=pen.width / 40, gain=gain)
+
+
+def draw_ball(pen: Pen):
+    """Sixteen discs, smaller and brighter towards the upper left, where the light comes from."""
+    for i in range(16):
+        radius = 1 - i / 17
+        middle = -0.32 * i / 16
+        low = middle - radius
+        high = middle + radius
+        pen.ellipse(low, low, high, high, gain=0.68 + 0.55 * i / 15)
+
+
+def draw_star(pen: Pen):
+    """A dark star with five points, and a brighter one in it."""
+    angles = np.arange(10) * np.pi / 5
+    directions = np.stack([np.sin(angles), -np.cos(angles)], axis=1)  # (10, 2)
+    radii = np.tile([1.0, 0.5], 5)  # points and notches in turn
+    corners = directions * radii[:, None]
+    for size, gain in ((1.15, 0.7), (0.9, 1.08)):
+        pen.polygon(size * corners, gain)
+
+
+def draw_gripper(pen: Pen, is_open: bool):
+    """Two fingers with bright tips, and the hand that they are on."""
+    gap = 0.62 if is_open else 0.34
+    for x in (-gap, gap):
+        pen.rectangle(x - 0.13, -0.85, x + 0.13, 0.5, radius=pen.width / 60, gain=1.0)
+        pen.rectangle(x - 0.13, 0.2, x + 0.13, 0.5, radius=pen.width / 60, gain=3.5)
+    pen.rectangle(-0.85, -1.15, 0.85, -0.7, radius=pen.width / 40, gain=1.35)
+    pen.ellipse(-0.3, -1.22, 0.3, -0.62, gain=2.2)
+
+
 @lru_cache(maxsize=4096)
-def sprite(kind: str, rgb: tuple, size: int) -> tuple[Image.Image, Image.Image]:
-    """A thing `size` pixels wide in the middle of a picture twice as wide, RGBA, and its soft shadow."""
-    big = 8 * size  # drawn four times as large: smooth edges
-    pen = ImageDraw.Draw(img := Image.new("RGBA", (big, big)))
-
-    def shade(gain: float) -> tuple:
-        return tuple(int(min(255, c * gain)) for c in rgb)
-
-    def box(*corners: float) -> list:
-        return [(2 + v) * big / 4 for v in corners]  # -1 ... 1 is the thing
-
+def sprite(kind: str, rgb: tuple[int, int, int], size: int) -> tuple[Image.Image, Image.Image]:
+    """
+    Return a thing `size` pixels wide in the middle of an RGBA image twice as wide, and its soft shadow.
+    kind: a shape, or "open" or "closed" for the gripper.
+    """
+    pen = Pen(size, rgb)
     if kind == "cube":
-        for low, high, gain in ((-0.9, 0.9, 0.62), (-0.9, 0.66, 1.0), (-0.74, 0.5, 1.13)):
-            pen.rounded_rectangle(box(low, low, high, high), big / 40, shade(gain))
+        draw_cube(pen)
     elif kind == "ball":
-        for i in range(16):  # lit from the upper left
-            r, d = 1 - i / 17, -0.32 * i / 16
-            pen.ellipse(box(d - r, d - r, d + r, d + r), shade(0.68 + 0.55 * i / 15))
+        draw_ball(pen)
     elif kind == "star":
-        angle = np.arange(10) * np.pi / 5
-        corners = np.stack([np.sin(angle), -np.cos(angle)], axis=1) * np.tile([1.0, 0.5], 5)[:, None]  # (10, 2)
-        for radius, gain in ((1.15, 0.7), (0.9, 1.08)):
-            pen.polygon(box(*(radius * corners).ravel()), shade(gain))
-    else:  # the gripper, "open" or "closed": two fingers, and the hand that they are on
-        for x in (-0.62, 0.62) if kind == "open" else (-0.34, 0.34):
-            pen.rounded_rectangle(box(x - 0.13, -0.85, x + 0.13, 0.5), big / 60, shade(1.0))
-            pen.rounded_rectangle(box(x - 0.13, 0.2, x + 0.13, 0.5), big / 60, shade(3.5))
-        pen.rounded_rectangle(box(-0.85, -1.15, 0.85, -0.7), big / 40, shade(1.35))
-        pen.ellipse(box(-0.3, -1.22, 0.3, -0.62), shade(2.2))
-    img = img.resize((2 * size, 2 * size), Image.Resampling.BOX)
-    shadow = Image.new("RGBA", img.size)
-    shadow.putalpha(img.getchannel("A").filter(ImageFilter.GaussianBlur(size / 14)).point(lambda a: int(0.4 * a)))
-    return img, shadow
+        draw_star(pen)
+    else:
+        draw_gripper(pen, is_open=kind == "open")
+    image = pen.image.resize((2 * size, 2 * size), Image.Resampling.BOX)
+
+    outline = image.getchannel("A").filter(ImageFilter.GaussianBlur(size / 14))
+    shadow = Image.new("RGBA", image.size)
+    shadow.putalpha(outline.point(lambda alpha: int(0.4 * alpha)))
+    return image, shadow
 
 
 @lru_cache
-def background(rgb: tuple) -> Image.Image:
-    """A table of boards, twice as wide as the picture, as the camera may move."""
-    grain = np.random.default_rng(0).normal(0, 1.5, 2 * SIZE) - 14 * (np.arange(2 * SIZE) % (SIZE // 4) == 0)
-    table = np.clip(np.array(rgb) + grain[:, None, None], 0, 255).astype(np.uint8)
-    return Image.fromarray(np.repeat(table, 2 * SIZE, axis=1))
+def background(rgb: tuple[int, int, int]) -> Image.Image:
+    """Return a table of boards, twice as wide as an image, as the camera may move."""
+    rows = np.arange(2 * SIZE)
+    brightness = np.random.default_rng(0).normal(0, 1.5, 2 * SIZE)
+    brightness[rows % (SIZE // 4) == 0] -= 14  # the gaps between the boards
+    column = np.array(rgb) + brightness[:, None, None]  # (2 SIZE, 1, 3)
+    column = np.clip(column, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.repeat(column, 2 * SIZE, axis=1))
+
+
+def to_pixel(place: np.ndarray) -> tuple[int, int]:
+    """A place (2 or 3,), in metres from the middle of the image, to its pixel: column and row."""
+    column = int(round(SIZE / 2 + place[0] * SCALE))
+    row = int(round(SIZE / 2 - place[1] * SCALE))  # rows count downwards, y upwards
+    return column, row
+
+
+def paste(
+    image: Image.Image, kind: str, rgb: tuple[int, int, int], width: float, place: np.ndarray, camera: np.ndarray
+):
+    """Draw a thing, `width` metres wide, into the image. If it is higher, it is larger and its shadow farther away."""
+    height = place[2]
+    picture, shadow = sprite(kind, rgb, round(width * (1 + 4 * height) * SCALE))
+    column, row = to_pixel(place - camera)
+    column -= picture.width // 2
+    row -= picture.height // 2
+    shift = 1 + round(0.4 * height * SCALE)
+    image.paste(shadow, (column + shift, row + shift), shadow)
+    image.paste(picture, (column, row), picture)
 
 
 def draw(scene: Scene, world: World) -> np.ndarray:
-    """The camera's picture, (224, 224, 3) uint8. Higher things are larger and their shadow is farther away."""
-    middle, scale = scene.gripper * world.follows, SIZE / VIEW  # metres, pixels per metre
-    x, y = (int(round(SIZE / 2 + v * scale)) for v in (middle[0], -middle[1]))
-    img = background(world.table).crop((x, y, x + SIZE, y + SIZE))
-    things = []
-    for k in sorted(range(len(scene.names)), key=lambda k: k == scene.held):  # what is held covers the rest
+    """Return the camera's image, (224, 224, 3) uint8."""
+    camera = scene.gripper if world.follows else np.zeros(3)
+    left, top = to_pixel(camera)
+    image = background(world.table).crop((left, top, left + SIZE, top + SIZE))
+
+    # What is held covers the other objects, and the gripper covers all.
+    order = [k for k in range(len(scene.names)) if k != scene.held]
+    if scene.held >= 0:
+        order.append(scene.held)
+    for k in order:
         color, shape = scene.names[k].split()
-        things.append((shape, RGB[color], 0.1, scene.objects[k]))
-    things.append(("open" if scene.is_open else "closed", (70, 74, 84), 0.05, scene.gripper))
-    for kind, rgb, width, xyz in things:
-        picture, shadow = sprite(kind, rgb, round(width * (1 + 4 * xyz[2]) * scale))
-        x, y = (int(round(SIZE / 2 + v * scale)) - picture.width // 2 for v in (xyz - middle)[:2] * [1, -1])
-        far = 1 + round(0.4 * xyz[2] * scale)
-        img.paste(shadow, (x + far, y + far), shadow)
-        img.paste(picture, (x, y), picture)
-    return np.rot90(np.asarray(img), world.turns).copy()
+        paste(image, shape, RGB[color], OBJECT_WIDTH, scene.objects[k], camera)
+    gripper = "open" if scene.is_open else "closed"
+    paste(image, gripper, GRIPPER_RGB, GRIPPER_WIDTH, scene.gripper, camera)
+    return np.rot90(np.asarray(image), world.turns).copy()
 
 
 # -----------------------------------------------------------------------------
-# Moving, the expert, rollouts
+# Moving, and the expert
 
 
 def step(scene: Scene, action: np.ndarray, world: World):
     """Change the scene by one action (7,): the gripper moves, then it opens or closes."""
-    high = np.array([0.18, 0.18, TOP])
-    scene.gripper = np.clip(scene.gripper + np.clip(action[:3], -STEP, STEP), -high * [1, 1, 0], high)
+    move = np.clip(action[:3], -STEP, STEP)
+    scene.gripper = np.clip(scene.gripper + move, LOWEST, HIGHEST)
     opens = bool((action[6] > 0.5) == (world.open_value > 0.5))
-    if scene.is_open and not opens and scene.gripper[2] < LOW:
-        away = np.linalg.norm(scene.objects[:, :2] - scene.gripper[:2], axis=1)
-        scene.held = int(away.argmin()) if away.min() < REACH else -1
+
+    # Grasp what is nearest.
+    closes_now = scene.is_open and not opens
+    if closes_now and scene.gripper[2] < GRASP_HEIGHT:
+        distances = np.linalg.norm(scene.objects[:, :2] - scene.gripper[:2], axis=1)  # (K,)
+        if distances.min() < GRASP_RADIUS:
+            scene.held = int(distances.argmin())
+
+    # What is held moves along, and falls when it is let go.
     if scene.held >= 0:
-        scene.objects[scene.held] = scene.gripper * [1, 1, not opens]  # falls when let go
-    scene.held, scene.is_open = -1 if opens else scene.held, opens
+        scene.objects[scene.held] = scene.gripper
+        if opens:
+            scene.objects[scene.held, 2] = 0.0
+            scene.held = -1
+    scene.is_open = opens
 
 
 def expert(scene: Scene, k: int, world: World) -> np.ndarray:
-    """The action (7,) float32 that leads to object k being picked up. Sees only the state, so it recovers."""
-    holds, away = scene.held == k, np.append(scene.objects[k, :2], HOVER) - scene.gripper
-    move = np.clip(np.rint(away / GRID) * GRID, -STEP, STEP)  # few different moves are sooner learned
-    if not holds and np.hypot(*(away - move)[:2]) < NEAR:  # above it after this step: go down
-        move[2] = np.clip(np.rint(-scene.gripper[2] / GRID[2]) * GRID[2], -STEP[2], STEP[2])
-    closes = holds or (np.hypot(*away[:2]) < NEAR and scene.gripper[2] < GRID[2] / 2)
-    return np.array([*move, 0, 0, 0, 1 - world.open_value if closes else world.open_value], np.float32)
+    """
+    Return the action (7,) float32 that leads to object k being picked up. The expert goes by the state alone and has no
+    plan, so it recovers from disturbances.
+    """
+    is_held = scene.held == k
+    above = np.append(scene.objects[k, :2], HOVER)
+    away = above - scene.gripper
+    move = on_grid(away)
+
+    # Once this move ends above the object, go down as well.
+    if not is_held and horizontal_distance(away - move) < NEAR:
+        move[2] = on_grid(-scene.gripper)[2]
+
+    is_there = horizontal_distance(away) < NEAR and scene.gripper[2] < GRID[2] / 2
+    if is_held or is_there:
+        gripper = 1 - world.open_value
+    else:
+        gripper = world.open_value
+    return np.array([*move, 0, 0, 0, gripper], np.float32)
+
+
+def on_grid(away: np.ndarray) -> np.ndarray:
+    """Return the nearest move that the expert makes, (3,) metres."""
+    return np.clip(np.rint(away / GRID) * GRID, -STEP, STEP)
+
+
+def horizontal_distance(away: np.ndarray) -> float:
+    """Return the length of a vector (3,) without its height."""
+    return np.hypot(away[0], away[1])
+
+
+# -----------------------------------------------------------------------------
+# Rollouts
+
+
+@dataclass
+class Run:
+    """One scene of a rollout, and how far it has come."""
+
+    scene: Scene
+    goal: int  # the object that the instruction asks for
+    instruction: str
+    is_recorded: bool
+    plan: list[np.ndarray] = field(default_factory=list)  # actions (7,) that are still to be carried out
+    steps: int = 0
+    steps_done: int = 0  # those that ended with the goal picked up
+    image: np.ndarray | None = None  # of the scene as it is, if the policy or the record wants it
+    images: list[np.ndarray] = field(default_factory=list)  # the record: what was seen, ...
+    states: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)  # ... and what the policy answered
+
+    def record(self, action: np.ndarray):
+        """Write down the image, the state and the action of this step."""
+        state = [*self.scene.gripper, 0, 0, 0, self.scene.is_open]
+        self.images.append(self.image)
+        self.states.append(np.array(state, np.float32))
+        self.actions.append(np.asarray(action, np.float32))
+
+    def episode(self, world: World) -> dict:
+        """Return the record, with one more image that shows how it ended."""
+        return {
+            "image": np.stack([*self.images, draw(self.scene, world)]),
+            "state": np.stack(self.states),
+            "action": np.stack(self.actions),
+            "instruction": self.instruction,
+        }
 
 
 @dataclass
 class Result:
-    """What n rollouts came to."""
+    """How n rollouts ended."""
 
     success: np.ndarray  # (n,) bool, the object of the original instruction was picked up
     other: np.ndarray  # (n,) bool, the object of the swapped instruction was
     steps: np.ndarray  # (n,) int64, actions taken
-    episodes: list[dict] = field(default_factory=list)  # the recorded ones
+    episodes: list[dict]  # the recorded ones
 
 
 def rollout(
-    act,
-    seed,
-    n,
-    world=World(),
-    swap=False,
-    record=0,
-    first=0,
-    noise=0.0,
-    linger=0,
-    **options,  # noqa: B008
+    act: Callable[[np.ndarray, list[str]], np.ndarray] | None,
+    seed: int,
+    n: int,
+    world: World = STANDARD,
+    *,
+    swap: bool = False,
+    record: int = 0,
+    first: int = 0,
+    noise: float = 0.0,
+    linger: int = 0,
+    tidy: bool = False,
+    turn: int = 0,
 ) -> Result:
     """
-    Act in scenes first ... first + n - 1 of `seed`, all at once; a scene that is done takes no further part, but for
-    `linger` more steps.
+    Act in the scenes first ... first + n - 1 of `seed`, all at once, until they are done or MAX_STEPS have passed.
 
-    act(images (n, 224, 224, 3) uint8, instructions, n of str) -> actions (n, 7), or chunks (n, K, 7) that are carried
-    out before it is asked again, in metres, radians and the world's gripper values; None: the expert. swap: the
-    instruction names another object of the scene, and picking up that one ends it. record: the first so many come back
-    as episodes, dicts of image (T + 1, 224, 224, 3) uint8, state and action (T, 7) float32, instruction. noise: metres,
-    spread of what is done around what `act` says and what is recorded. options: of `make_scene`.
+    act: takes images (n, 224, 224, 3) uint8 and n instructions. Returns actions (n, 7) in metres, radians and the
+        world's gripper values; or chunks (n, K, 7), which are carried out before it is asked again. None: the expert.
+    swap: the instruction names another object of the scene, and a scene is done when that one is picked up.
+    record: the first so many come back as episodes, which are dicts of image (T + 1, 224, 224, 3) uint8, state and
+        action (T, 7) float32, and instruction.
+    noise: metres, spread of what is done around what `act` says. The record has what `act` says.
+    linger: steps that a scene goes on after it is done.
+    tidy, turn: see `make_scene`.
     """
-    scenes = [make_scene(seed, first + i, world, **options) for i in range(n)]
-    asked = [s.other if swap else s.named for s in scenes]
-    texts = [s.phrase.format(s.names[k]) for s, k in zip(scenes, asked, strict=True)]
-    rng, live = np.random.default_rng([seed, first, n]), list(range(n))
-    result = Result(np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, int))
-    rows = [[] for _ in scenes]  # T of (image, state, action) per scene
-    plans, over = [[] for _ in scenes], np.zeros(n, int)  # what each is still to do; steps since it was done
+    runs = []
+    for i in range(n):
+        scene = make_scene(seed, first + i, world, tidy, turn)
+        goal = scene.other if swap else scene.named
+        runs.append(Run(scene, goal, scene.instruction(goal), is_recorded=i < record))
+    rng = np.random.default_rng([seed, first, n])  # of the disturbances
+
     for _ in range(MAX_STEPS):
-        asking = [i for i in live if not plans[i]]
-        images = {i: draw(scenes[i], world) for i in live if i < record or (act and i in asking)}
-        if act and asking:
-            answers = act(np.stack([images[i] for i in asking]), [texts[i] for i in asking])
-        else:
-            answers = [expert(scenes[i], asked[i], world) for i in asking]
-        for i, answer in zip(asking, answers, strict=True):
-            plans[i] = list(np.atleast_2d(answer))
-        for i in live:
-            scene, keep, image, action = scenes[i], i < record, images.get(i), plans[i].pop(0)
-            state = np.array([*scene.gripper, 0, 0, 0, scene.is_open], np.float32)
-            rows[i] += [(image, state, np.asarray(action, np.float32))] * keep
-            shift = rng.normal(0, noise, 3) * ([SHOVE, SHOVE, 1] if rng.random() < SHOVES else 1)
-            step(scene, action + np.pad(shift, (0, 4)), world)
-            result.steps[i] += 1
-            result.success[i], result.other[i] = scene.is_done(scene.named), scene.is_done(scene.other)
-        for i in live:
-            over[i] += bool((result.other if swap else result.success)[i])
-        live = [i for i in live if over[i] <= linger]
-        if not live:
+        active = [run for run in runs if run.steps_done <= linger]
+        if not active:
             break
-    for i in range(min(record, n)):
-        image, state, action = zip(*rows[i], strict=True)
-        image = np.stack([*image, draw(scenes[i], world)])
-        result.episodes.append(dict(image=image, state=np.stack(state), action=np.stack(action), instruction=texts[i]))
-    return result
+        draw_wanted_images(active, world, has_policy=act is not None)
+        plan_actions(active, world, act)
+        for run in active:
+            action = run.plan.pop(0)
+            if run.is_recorded:
+                run.record(action)
+            step(run.scene, action + disturbance(noise, rng), world)
+            run.steps += 1
+            if run.scene.is_done(run.goal):
+                run.steps_done += 1
+
+    return Result(
+        success=np.array([run.scene.is_done(run.scene.named) for run in runs], bool),
+        other=np.array([run.scene.is_done(run.scene.other) for run in runs], bool),
+        steps=np.array([run.steps for run in runs], int),
+        episodes=[run.episode(world) for run in runs if run.is_recorded],
+    )
 
 
-def demonstrations(seed: int, n: int, world: World = World(), linger: int = 0) -> Iterator[dict]:  # noqa: B008
-    """n successful episodes of the expert. It is disturbed, so that it shows how to recover. linger: see `rollout`."""
-    index = made = 0
+def draw_wanted_images(active: list[Run], world: World, has_policy: bool):
+    """Draw the scenes whose image is wanted: those that are recorded, and those that need an answer of the policy."""
+    for run in active:
+        needs_answer = has_policy and not run.plan
+        run.image = draw(run.scene, world) if run.is_recorded or needs_answer else None
+
+
+def plan_actions(active: list[Run], world: World, act: Callable | None):
+    """Ask for the next actions of all scenes that have none left."""
+    asking = [run for run in active if not run.plan]
+    if not asking:
+        return
+    if act is None:
+        answers = [expert(run.scene, run.goal, world) for run in asking]
+    else:
+        images = np.stack([run.image for run in asking])
+        answers = act(images, [run.instruction for run in asking])
+    for run, answer in zip(asking, answers, strict=True):
+        run.plan = list(np.atleast_2d(answer))  # one action (7,) is a chunk (1, 7)
+
+
+def disturbance(noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Return what is added to an action, (7,): a small shift of the move, now and then a large one."""
+    shift = rng.normal(0, noise, 3)
+    if rng.random() < LARGE_SHARE:
+        shift[:2] *= LARGE_FACTOR
+    return np.pad(shift, (0, 4))
+
+
+def demonstrations(seed: int, n: int, world: World = STANDARD, linger: int = 0) -> Iterator[dict]:
+    """
+    Yield n successful episodes of the expert, as `rollout` records them. Noise is added to its actions, so that the
+    data shows how to recover. linger: steps that an episode goes on after success.
+    """
+    number = 0
+    made = 0
     while made < n:
-        i, turn = divmod(index, 3)  # each scene once for each object: only the words tell the three apart
-        options = dict(noise=world.noise, linger=linger, tidy=i % 100 < 100 * world.tidy, turn=turn)
-        result = rollout(None, seed, 1, world, record=1, first=i, **options)
+        # Each scene comes three times, once for each object: only the instruction tells the three apart.
+        index, turn = divmod(number, 3)
+        tidy = index % 100 < 100 * world.tidy
+        result = rollout(
+            None, seed, 1, world, record=1, first=index, noise=world.noise, linger=linger, tidy=tidy, turn=turn
+        )
+        number += 1
         if result.success[0]:
+            made += 1
             yield result.episodes[0]
-        index, made = index + 1, made + result.success[0]
+
+
+# -----------------------------------------------------------------------------
+# Videos and the command line
 
 
 def save_gif(path: str | Path, episodes: list[dict], size: int = 160):
-    """The episodes side by side, their instructions above, each waiting at its end for the longest."""
+    """Write the episodes side by side, their instructions above. Each waits at its end for the longest."""
+    longest = max(len(episode["image"]) for episode in episodes)
     frames = []
-    for t in range(max(len(e["image"]) for e in episodes) + 3):
-        pen = ImageDraw.Draw(frame := Image.new("RGB", (size * len(episodes), size + 16), "white"))
-        for i, e in enumerate(episodes):
-            picture = Image.fromarray(e["image"][min(t, len(e["image"]) - 1)])
-            frame.paste(picture.resize((size - 2, size), Image.Resampling.BOX), (i * size, 16))
-            pen.text((i * size + 4, 2), e["instruction"], "black")
+    for t in range(longest + 3):
+        frame = Image.new("RGB", (size * len(episodes), size + 16), "white")
+        pen = ImageDraw.Draw(frame)
+        for i, episode in enumerate(episodes):
+            last = len(episode["image"]) - 1
+            image = Image.fromarray(episode["image"][min(t, last)])
+            image = image.resize((size - 2, size), Image.Resampling.BOX)
+            frame.paste(image, (i * size, 16))
+            pen.text((i * size + 4, 2), episode["instruction"], "black")
         frames.append(frame.quantize(64, dither=Image.Dither.NONE))
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, loop=0)
 
 
 def is_written(folder: str, name: str) -> bool:
-    """Whether the demonstrations are there, and not only a part that a killed run left."""
+    """True if the demonstrations are there, and not only a part that a killed run left."""
     return (Path(folder) / name / VERSION).is_dir()
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
-    parser.add_argument("--folder", default="data", help="where the dataset goes, as FOLDER/toy/1.0.0")
-    parser.add_argument("--episodes", type=int, default=2000)
-    parser.add_argument("--changed", action="store_true", help="the changed world")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default="data", help="where the dataset goes, as FOLDER/NAME/1.0.0 (data)")
+    parser.add_argument("--name", default="toy", help="of the dataset (toy)")
+    parser.add_argument("--episodes", type=int, default=2000, help="demonstrations to train on (2000)")
+    parser.add_argument("--validation", type=int, default=20, help="further ones, for validation (20)")
+    parser.add_argument("--linger", type=int, default=0, help="steps that an episode goes on after success (0)")
+    parser.add_argument("--noise", type=float, default=STANDARD.noise, help="metres of disturbance (0.012)")
+    parser.add_argument("--changed", action="store_true", help="the changed world of toy/transfer.py")
     parser.add_argument("--expert", action="store_true", help="try the expert in 200 unseen scenes instead")
-    parser.add_argument("--gif", default="", help="write a film of the expert to this file instead")
+    parser.add_argument("--gif", default="", help="write a video of the expert to this file instead")
     args = parser.parse_args()
-    world = CHANGED if args.changed else World()
+    world = replace(CHANGED if args.changed else STANDARD, noise=args.noise)
+
     if args.gif:
         save_gif(args.gif, rollout(None, TEST, 4, world, record=4).episodes)
-    elif args.expert:
-        r = rollout(None, TEST, 200, world)
-        print(f"the expert succeeds in {r.success.mean():.1%} of 200 scenes, in {r.steps.mean():.1f} steps")
-    else:
-        splits = dict(train=demonstrations(TRAIN, args.episodes, world), val=demonstrations(VAL, 20, world))
-        print(f"{args.episodes} demonstrations, and 20 for validation: {write_rlds(args.folder, splits)}")
+        return
+    if args.expert:
+        result = rollout(None, TEST, 200, world)
+        print(f"the expert succeeds in {result.success.mean():.1%} of 200 scenes, in {result.steps.mean():.1f} steps")
+        return
+
+    if is_written(args.folder, args.name):
+        print(f"{Path(args.folder) / args.name} is there already; remove it to make other demonstrations")
+        return
+    splits = {"train": demonstrations(TRAIN, args.episodes, world, args.linger)}
+    if args.validation:
+        splits["val"] = demonstrations(VAL, args.validation, world, args.linger)
+    folder = write_rlds(args.folder, splits, args.name)
+    print(f"{args.episodes} demonstrations in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""
+Many processes that train one model: who is who, sums over all of them, and the FSDP wrapper.
+
+torchrun starts the processes and tells each its number in the environment. Without torchrun there is one process, and
+every function here does what is right for one.
+
+FSDP ("fully sharded data parallel"): each process keeps a part of every weight, its gradient and its optimizer state.
+Just before a block runs, the processes put its weights together; just after, each drops what is not its own.
+
+FSDP2: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; https://arxiv.org/abs/2304.11277.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from configurator import fail
+
+
+def start_processes() -> tuple[int, int, str]:
+    """
+    Join the other processes, if torchrun started this one. Returns this process's number, how many there are, and the
+    device that it trains on.
+    """
+    has_cuda = torch.cuda.is_available()
+    device = "cpu"
+    if has_cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if is_torchrun() and not dist.is_initialized():
+        dist.init_process_group("nccl" if has_cuda else "gloo")
+    return rank(), world_size(), device
+
+
+def is_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """The number of this process: 0, 1, ..."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """True in the one process that prints and writes files."""
+    return rank() == 0
+
+
+def barrier():
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """Replace x by its sum over all processes, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def shard(model: nn.Module, units: Iterable[nn.Module], device: str, bf16: bool):
+    """
+    Spread weights, gradients and optimizer state over all processes, in place. With several nodes each node holds a
+    whole copy: weights then travel inside a node only, and gradients between nodes.
+
+    units: the parts whose weights are put together at a time, blocks before what contains them.
+    bf16: compute in bfloat16; weights and the sums of gradients stay in float32.
+    """
+    if not dist.is_initialized():
+        # One GPU takes the same path, so that it too has float32 weights and computes in bfloat16.
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    world = world_size()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = world // per_node
+    if nodes > 1:
+        mesh = init_device_mesh(device, (nodes, per_node), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+@contextmanager
+def exit_cleanly() -> Iterator[None]:
+    """Wrap a training script's main: one clear message for what the user can fix, and no process group left behind."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,345 @@
+"""
+A loaded checkpoint that acts: images and instructions in, robot actions out.
+
+    policy = load_policy("openvla-7b")
+    actions = predict_action(policy, images, instructions, "bridge_orig")   # (B, A): one action for each image
+    chunks = predict_chunk(policy, images, instructions, states)            # (B, K, A): of an OFT policy
+
+    image -> prepare_image -> (224, 224, 3) uint8 -> processor.normalize -> pixel_values --.
+    instruction -> tokenizer.encode_prompt -> input_ids --> model.generate -> tokens -> decode_action -> unnormalize
+
+Axes: B batch, V images of an OFT policy, K actions of a chunk, A dimensions of an action, P of the robot's state.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import Checkpoint, open_checkpoint
+from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
+from lora import load_adapter
+from model import OpenVLA, OpenVLAConfig
+from normalize import SCHEME, normalize, unnormalize
+from oft import OFT, load_oft
+from progress import no_progress
+from speed.engine import Engine
+from speed.quantize import load_quantized
+from tokenizer import PAD, Tokenizer, decode_action, encode_action, is_action_id, pad_sequences
+
+# Name and unit of each dimension of an end-effector action. Gripper: 1 open, 0 closed.
+UNITS = [("dx", "m"), ("dy", "m"), ("dz", "m"), ("droll", "rad"), ("dpitch", "rad"), ("dyaw", "rad"), ("gripper", "")]
+
+
+@dataclass
+class Policy:
+    """All that turns images and instructions into actions."""
+
+    model: OpenVLA | OFT
+    tokenizer: Tokenizer
+    processor: ImageProcessor
+    norm_stats: dict  # unnorm_key -> {"action": {"q01", "q99", "mask", ...}, "proprio": {...}}
+    checkpoint: str  # the folder that it came from, for messages
+    engine: Engine | None = None  # generates the same tokens in fewer passes
+
+    @property
+    def is_oft(self) -> bool:
+        """True if it answers with chunks of actions, False if it generates the tokens of one action."""
+        return isinstance(self.model, OFT)
+
+    @property
+    def vla(self) -> OpenVLA:
+        """The OpenVLA itself, without what OFT adds to it."""
+        return self.model.vla if self.is_oft else self.model
+
+    @property
+    def num_images(self) -> int:
+        """How many images it takes for one answer."""
+        return self.model.oft.num_images if self.is_oft else 1
+
+    @property
+    def action_chunk(self) -> int:
+        """How many actions one answer has."""
+        return self.model.oft.action_chunk if self.is_oft else 1
+
+    @property
+    def state_dim(self) -> int:
+        """How many numbers of the robot's state it takes; 0: none."""
+        return self.model.oft.proprio_dim if self.is_oft else 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.vla.language_model.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vla.language_model.model.norm.weight.dtype
+
+
+# -----------------------------------------------------------------------------
+# Load
+
+
+def load_policy(
+    checkpoint: str | Path | Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    progress: Callable = no_progress,
+) -> Policy:
+    """
+    Load a checkpoint folder: a model, a LoRA run, an OFT policy or a quantized model. dtype None: as stored when on
+    the CPU, else bfloat16. progress: show_progress of progress.py, or no_progress.
+    Raises ValueError or FileNotFoundError that names the file and the remedy, before any weight is read.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    tokenizer = checkpoint.tokenizer
+    processor = checkpoint.processor
+    if dtype is None:
+        dtype = checkpoint.stored_dtype if device == "cpu" else torch.bfloat16
+
+    if checkpoint.is_oft:
+        model = load_oft(checkpoint, dtype, device, progress=progress)
+    elif checkpoint.quantization:
+        model = load_quantized(copy.deepcopy(checkpoint.skeleton), checkpoint.weight_map, dtype, device, progress)
+    else:
+        model = copy.deepcopy(checkpoint.skeleton)
+        model.load_weights(checkpoint.weight_map, dtype, device, progress)
+        if checkpoint.base:
+            load_adapter(model, checkpoint.folder)
+    return Policy(model, tokenizer, processor, checkpoint.norm_stats, str(checkpoint.folder))
+
+
+def pick_device(name: str) -> str:
+    """Return auto as cuda, mps or cpu, whichever is there first. Raises ValueError for what is not there."""
+    kind, _, number = name.partition(":")
+    available = {
+        "auto": 1,
+        "cpu": 1,
+        "mps": int(torch.backends.mps.is_available()),
+        "cuda": torch.cuda.device_count(),
+    }
+    if kind not in available or (number and not number.isdecimal()):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda, cuda:0, ... or mps")
+    if int(number or 0) >= available[kind]:
+        raise ValueError(
+            f"--device {name}: PyTorch {torch.__version__} sees {available[kind]} of that kind; --device cpu"
+        )
+
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(name: str) -> torch.dtype | None:
+    """Return the value of --dtype; None for auto, as `load_policy` takes it. Raises ValueError for other names."""
+    known = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"--dtype {name}: must be auto, bfloat16, float32 or float16")
+    return known[name]
+
+
+# -----------------------------------------------------------------------------
+# Images
+
+
+def uses_center_crop(policy: Policy, crop: bool | None = None) -> bool:
+    """True if the policy is shown only the middle of an image. crop None: as it was trained."""
+    if crop is None:
+        return "center_crop" in policy.processor.trained_on
+    return crop
+
+
+def prepare_image(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
+    """Anything `to_rgb` takes -> (size, size, 3) uint8, by the steps that this model's training images went through."""
+    image = to_rgb(image)
+    if "lanczos3" in policy.processor.trained_on:
+        image = resize_lanczos3(image, policy.processor.size)
+    image = policy.processor.resize(image)
+    if uses_center_crop(policy, crop):
+        image = center_crop(image)
+    return image
+
+
+def prepare_images(policy: Policy, images: Sequence, crop: bool | None = None) -> torch.Tensor:
+    """B images -> pixel_values (B, 3 or 6, size, size), on the policy's device and in its dtype."""
+    prepared = np.stack([prepare_image(policy, image, crop) for image in images])  # (B, size, size, 3)
+    pixels = torch.from_numpy(prepared).to(policy.device)
+    return policy.processor.normalize(pixels).to(policy.dtype)
+
+
+def missing_preprocessing_note(policy: Policy) -> str:
+    """Return a warning if a fine-tuned checkpoint does not record its image preprocessing, else ""."""
+    is_fine_tuned = (Path(policy.checkpoint) / "dataset_statistics.json").is_file()
+    if policy.processor.trained_on or not is_fine_tuned:
+        return ""
+    return (
+        f"{policy.checkpoint} does not record how its training images were prepared, so it sees whole images, as "
+        f"openvla-7b does. Models that the official script fine-tuned (LIBERO) saw 90 % crops: --center_crop True"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Act
+
+
+def predict_action(
+    policy: Policy,
+    images: Sequence,
+    instructions: str | Sequence[str],
+    unnorm_key: str = "",
+    crop: bool | None = None,
+    previous: np.ndarray | None = None,
+) -> np.ndarray:
+    """
+    Return one action for each image, (B, A) float64, in the robot's units: metres, radians, gripper 1 open, 0 closed.
+
+    images: B paths, PIL images or (H, W, 3) uint8 arrays.
+    instructions: B texts, or one for all images.
+    unnorm_key: whose statistics give the action its units; may be left out if the checkpoint has only one dataset.
+    crop: show only the middle 90 % of each image; None: as the checkpoint was trained.
+    previous: (B, A), the last answers for the same robots. They make `policy.engine` faster and decide nothing.
+    Raises ValueError for bad input. Warns if the model generates a token that is no action.
+    """
+    if policy.is_oft:
+        raise ValueError(f"{policy.checkpoint} is an OFT policy, which answers with chunks: use predict_chunk")
+    if not isinstance(images, list | tuple) and np.ndim(images) != 4:
+        raise ValueError("images must be a list of images; of a single one, [image]")
+    if isinstance(instructions, str):
+        instructions = [instructions] * len(images)
+    entry = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
+    stats = entry["action"]
+    scheme = entry.get("scheme", SCHEME)
+    num_tokens = len(stats["q01"])
+
+    draft = None
+    if policy.engine:
+        if previous is None:  # the first guess: nothing moves
+            previous = np.zeros((len(images), num_tokens))
+        draft = torch.from_numpy(encode_action(normalize(previous, stats, scheme)))
+
+    tokens = predict_tokens(policy, images, list(instructions), num_tokens, crop, draft).numpy()
+    if not is_action_id(tokens).all():
+        warnings.warn(
+            f"not an action: the model generated the ids {tokens.tolist()}; is it trained for robots?", stacklevel=2
+        )
+    return unnormalize(decode_action(tokens), stats, scheme)
+
+
+def predict_tokens(
+    policy: Policy,
+    images: Sequence,
+    instructions: list[str],
+    num_tokens: int,
+    crop: bool | None = None,
+    draft: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the action ids (B, num_tokens) int64, on the CPU. draft: (B, num_tokens), a guess for the engine."""
+    if len(images) != len(instructions) or len(images) == 0:
+        raise ValueError(
+            f"{len(images)} images and {len(instructions)} instructions: give the same number of both, at least one"
+        )
+    pixel_values = prepare_images(policy, images, crop)
+    prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
+    input_ids, lengths = pad_sequences(prompts, PAD)  # (B, T), (B,)
+    input_ids = input_ids.to(policy.device)
+    if (lengths == lengths[0]).all():
+        lengths = None  # no padding
+    else:
+        lengths = lengths.to(policy.device)
+
+    if policy.engine:
+        tokens, _ = policy.engine.generate(input_ids, pixel_values, num_tokens, lengths, draft)
+        return tokens.cpu()
+    tokens, logits = policy.model.generate(input_ids, pixel_values, num_tokens, lengths)
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"{policy.checkpoint}: the answer is not finite; broken weights, or numbers beyond --dtype float16"
+        )
+    return tokens.cpu()
+
+
+def predict_chunk(
+    policy: Policy,
+    images: Sequence[Sequence],
+    instructions: Sequence[str],
+    states: np.ndarray | None = None,
+    unnorm_key: str = "",
+    crop: bool | None = None,
+) -> np.ndarray:
+    """
+    Return a chunk of actions for each robot, (B, K, A) float64, in the robot's units. K is 1 for a token model.
+
+    images: for each of B robots its V images, as `predict_action` takes them. instructions: B texts.
+    states: (B, P), in the robot's units, if the policy takes them. unnorm_key, crop: as for `predict_action`.
+    Raises ValueError for bad input.
+    """
+    if not policy.is_oft:
+        single = [image for (image,) in images]
+        return predict_action(policy, single, instructions, unnorm_key, crop)[:, None]
+
+    stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
+    scheme = policy.model.oft.scheme
+    views = [prepare_images(policy, view, crop) for view in zip(*images, strict=True)]
+    pixel_values = torch.cat(views, dim=1)  # (B, V * 6, size, size)
+
+    proprio = None
+    if policy.state_dim and states is not None:
+        expected = len(stats["proprio"]["q01"])
+        found = np.shape(states)[-1]
+        if found != expected:
+            raise ValueError(f"the state has {found} numbers, {policy.checkpoint} was trained on {expected}")
+        proprio = torch.from_numpy(normalize(states, stats["proprio"], scheme)).to(policy.device)
+
+    prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
+    actions = policy.model.predict(prompts, pixel_values, proprio)  # (B, K, A) in [-1, 1]
+    return unnormalize(actions.numpy(), stats["action"], scheme)
+
+
+# -----------------------------------------------------------------------------
+# Statistics and limits
+
+
+def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
+    """
+    Return the statistics of one dataset, {"action": ..., "proprio": ...}. Raises ValueError if `unnorm_key` is unknown,
+    if it is empty and there are several, or if the statistics cannot be used.
+    """
+    keys = sorted(norm_stats)
+    if not keys:
+        raise ValueError(f"{checkpoint}: no action statistics; put the dataset_statistics.json beside the weights")
+    if not unnorm_key and len(keys) == 1:
+        unnorm_key = keys[0]
+    if unnorm_key not in keys:
+        what = f"unknown unnorm_key {unnorm_key!r}" if unnorm_key else "several datasets and no unnorm_key"
+        raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
+
+    entry = norm_stats[unnorm_key]
+    action = entry.get("action", {})
+    low = np.asarray(action.get("q01", np.nan), np.float64)
+    high = np.asarray(action.get("q99", np.nan), np.float64)
+    if low.shape != high.shape or low.ndim != 1 or not np.isfinite([low, high]).all():
+        raise ValueError(
+            f"{checkpoint}: statistics of {unnorm_key!r}, action: q01 and q99 must be finite numbers, as many as "
+            f"dimensions; fix dataset_statistics.json or config.json"
+        )
+    return entry
+
+
+def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
+    """Return the action statistics of one dataset."""
+    return dataset_stats(norm_stats, unnorm_key, checkpoint)["action"]
+
+
+def check_length(config: OpenVLAConfig, prompt_ids: list[int], new: int, images: int = 1):
+    """Raise ValueError if images, prompt and `new` tokens of an action do not fit into the model's context."""
+    total = images * config.num_patches + len(prompt_ids) + new
+    limit = config.text.max_position_embeddings
+    if total > limit:
+        raise ValueError(f"the instruction makes {total} tokens with image and action, the context has {limit}")
