@@ -12,13 +12,16 @@ No weight is loaded, and no code of the folder is run. What it learned is kept i
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
-from files import read_json
+from files import read_json, write_json
 from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
 from speed.quantize import use_quantized_layers
@@ -27,6 +30,7 @@ from tokenizer import Tokenizer, prompt_for
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OFT_RECORD = "oft_config.json"
+EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
 
 
@@ -130,6 +134,7 @@ def open_lora_run(folder: Path, base: Path) -> Checkpoint:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder / ADAPTER_WEIGHTS}: missing beside {ADAPTER_CONFIG}")
     read_header(folder / ADAPTER_WEIGHTS)
+    check_export(folder)
 
     checkpoint = open_checkpoint(base)
     checkpoint.refuse_quantized()
@@ -206,8 +211,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: str | Path) -> str:
     """A hash of a checkpoint's weights: sixteen places of each file, as reading all of it would take minutes."""
+    return fingerprint_files(weight_files(Path(folder)))
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """Return a hash of names, sizes and sixteen places of some files."""
     digest = hashlib.sha256()
-    for path in weight_files(Path(folder)):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -215,6 +225,41 @@ def fingerprint(folder: str | Path) -> str:
                 file.seek(i * size // 16)
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# Exports of several files: an adapter and, of OFT, the components that were trained with it
+
+
+@contextmanager
+def complete_export(run: Path) -> Iterator[None]:
+    """
+    Wrap the writing of all files of an export. A process that is killed in between leaves no record, and the folder is
+    refused instead of being loaded as a mixture of old and new files.
+    """
+    (run / EXPORT_RECORD).unlink(missing_ok=True)
+    yield
+    write_json(run / EXPORT_RECORD, {path.name: fingerprint_files([path]) for path in export_files(run)})
+
+
+def export_files(run: Path) -> list[Path]:
+    """Return the files of an export that belong together."""
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OFT_RECORD, STATISTICS)
+    return [run / name for name in names if (run / name).is_file()] + sorted(run.glob("*--*_checkpoint.pt"))
+
+
+def check_export(folder: Path):
+    """Raise ValueError if the files of a run's export do not belong together. Adapters of others have no record."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if "record" not in metadata:
+        return
+    expected = read_json(folder / EXPORT_RECORD) if (folder / EXPORT_RECORD).is_file() else {}
+    found = {path.name: fingerprint_files([path]) for path in export_files(folder)}
+    if found != expected:
+        raise ValueError(
+            f"{folder}: its export is not complete, or is being written; wait for the run, or give its command again"
+        )
 
 
 # -----------------------------------------------------------------------------

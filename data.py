@@ -16,14 +16,21 @@ Your own data: any sequence of {"image": (H, W, 3) uint8, "action": (A,), "instr
 OpenVLA section 3.3 and appendix A, https://arxiv.org/abs/2406.09246; prismatic/vla/datasets of github.com/openvla/
 openvla. docs/differences.md says where this differs from it, and why.
 
-Axes: B batch, V cameras, H height, W width, K actions of a chunk, A action dimensions, P state dimensions, T tokens.
+Axes: B batch, V cameras, S side of an image in pixels, K actions of a chunk, A action dimensions, P state dimensions,
+T tokens.
 """
 
+import multiprocessing
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +43,9 @@ from formats.rlds import RLDS
 from image import augment, decode, resize_lanczos3, to_rgb
 from normalize import SCHEME, compute_statistics, normalize
 from progress import no_progress
-from tokenizer import PAD, Tokenizer, pad_sequences
+from tokenizer import IGNORE_INDEX, PAD, Tokenizer, pad_sequences
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 BLOCK = 4096  # positions of the stream after which the shares of a mixture are exact again
 
 
@@ -143,7 +151,7 @@ def open_mixture(
         for what, weight in parts:
             row = oxe.lookup(what) if isinstance(what, str) else what
             if not isinstance(row, oxe.Dataset):
-                mixture.append((what, weight))  # a dataset object, which is what it was made as
+                mixture.append((what, weight))  # a dataset object: split, cameras and chunk were fixed when it was made
                 continue
 
             name = what if isinstance(what, str) else row.name
@@ -169,7 +177,7 @@ def open_mixture(
 
 
 def check_object(dataset: RobotDataset, split: str, num_views: int, action_chunk: int):
-    """Raise ValueError if a dataset object, which is what it was made as, is not what training wants."""
+    """Raise ValueError if a dataset object, whose cameras and chunk were fixed when it was made, does not fit."""
     if dataset.action_chunk != action_chunk:
         raise ValueError(
             f"{dataset.name} gives {dataset.action_chunk} actions at a time, training wants {action_chunk}: "
@@ -331,7 +339,7 @@ def pad_chunk(actions: np.ndarray, absolute_mask, length: int) -> np.ndarray:
     """
     Return exactly `length` actions, (length, A), of those from one step to the end of its episode (n, A). Beyond the
     end an absolute dimension, such as the gripper, repeats its last value. A relative one is 0, the middle of its
-    range, which need not mean standing still.
+    range, which need not mean standing still. (RLDS and OFT start no chunk that would need this.)
     """
     missing = length - len(actions)
     if missing <= 0:
@@ -351,7 +359,7 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
     float32, dataset (B,) int64.
     """
     input_ids, lengths = pad_sequences([sample["input_ids"] for sample in samples], PAD)
-    labels, _ = pad_sequences([sample["labels"] for sample in samples], -100)
+    labels, _ = pad_sequences([sample["labels"] for sample in samples], IGNORE_INDEX)
     batch = {
         "images": torch.from_numpy(np.stack([sample["images"] for sample in samples])),
         "input_ids": input_ids,
@@ -411,8 +419,24 @@ def make_loader(mixture: Mixture, positions: Positions, num_workers: int = 0, pi
         collate_fn=collate,
         num_workers=num_workers,
         multiprocessing_context=context,
+        worker_init_fn=start_worker,
         pin_memory=pin_memory,
     )
+
+
+def start_worker(worker: int):
+    """
+    Run first in each worker: signals that stop a run are for the main process, which still needs batches until it has
+    saved; and a worker ends when the main process does, even if that was killed.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def worker_context(mixture: Mixture):
@@ -427,4 +451,20 @@ def worker_context(mixture: Mixture):
         return torch.multiprocessing.get_context("fork")
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data"])
+    with ignored_signals():  # as the server inherits it
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Ignore the signals that stop a run. (Signals can be set in the main thread only; elsewhere nothing happens.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

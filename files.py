@@ -27,6 +27,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
 
+        # Some libraries make files that only their owner may read.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+
         # Without this, a power cut could leave the new name with no content.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

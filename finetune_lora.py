@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import train
+from checkpoint import complete_export
 from configurator import configure, fail
 from distributed import barrier, exit_cleanly, is_main_process
 from formats.dataset import RobotDataset
@@ -79,7 +80,8 @@ def export_adapter(run: Path, trainee: Trainee, statistics: dict, cfg: Config):
     """Write the adapter, and what sample.py needs besides the base checkpoint, into the run folder."""
     adapters = gather_trained(trainee.model)
     if is_main_process():
-        write_run(run, trainee, adapters, statistics, cfg)
+        with complete_export(run):
+            write_run(run, trainee, adapters, statistics, cfg)
     barrier()
 
 
@@ -92,7 +94,7 @@ def gather_trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def write_run(run: Path, trainee: Trainee, adapters: dict, statistics: dict, cfg: Config):
     """Write an adapter with all that goes with it. adapters: those of modules that run."""
     write_preparation(run, trainee.tokenizer, trainee.processor, statistics)
-    save_adapter(trainee.vla, run, cfg.base_checkpoint, {**adapters, **unused_adapters(trainee.vla)})
+    save_adapter(trainee.vla, run, cfg.base_checkpoint, {**adapters, **unused_adapters(trainee.vla)}, has_record=True)
 
 
 def unused_adapters(model: OpenVLA) -> dict[str, torch.Tensor]:

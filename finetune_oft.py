@@ -17,6 +17,7 @@ from pathlib import Path
 
 import finetune_lora
 import train
+from checkpoint import complete_export
 from configurator import configure, fail
 from distributed import barrier, exit_cleanly, is_main_process
 from finetune_lora import build_adapted, gather_trained, write_run
@@ -107,8 +108,9 @@ def export_components(run: Path, trainee: Trainee, statistics: dict, cfg: Config
                 adapters[name.removeprefix("vla.").replace(".block.", ".")] = weight
             else:
                 components[name] = weight
-        write_run(run, trainee, adapters, statistics, cfg)
-        save_components(trainee.model.oft, components, run)
+        with complete_export(run):
+            write_run(run, trainee, adapters, statistics, cfg)
+            save_components(trainee.model.oft, components, run)
     barrier()
 
 

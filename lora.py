@@ -47,7 +47,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, fingerprint, open_checkpoint, read_layout
+from checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    EXPORT_RECORD,
+    base_of,
+    fingerprint,
+    open_checkpoint,
+    read_layout,
+)
 from files import atomic_write, read_json, write_json
 from model import OpenVLA
 from progress import no_progress
@@ -247,12 +255,19 @@ PLAIN_LORA = {
 }
 
 
-def save_adapter(model: OpenVLA, folder: str | Path, base: str | Path, state: dict[str, Tensor] | None = None):
+def save_adapter(
+    model: OpenVLA,
+    folder: str | Path,
+    base: str | Path,
+    state: dict[str, Tensor] | None = None,
+    has_record: bool = False,
+):
     """
     Write adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
     base: the folder or the name of the base model. state: the adapters' weights by name, where the model does not hold
-    them whole (sharded training); None: those of the model.
+    them whole (sharded training); None: those of the model. has_record: other files belong to the adapter, and
+    checkpoint.complete_export says when all of them are there.
     """
     folder = Path(folder)
     if state is None:
@@ -262,6 +277,8 @@ def save_adapter(model: OpenVLA, folder: str | Path, base: str | Path, state: di
     metadata = {"format": "pt"}
     if Path(base).is_dir():
         metadata["base"] = fingerprint(base)  # our own entry, for `warn_other_base`; PEFT ignores it
+    if has_record:
+        metadata["record"] = EXPORT_RECORD
     with atomic_write(folder / ADAPTER_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -457,7 +474,7 @@ def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], s
 
 def copy_other_files(base: Path, run: Path, out: Path, skip: set[str]):
     """Copy tokenizer, preprocessing, statistics, index and OFT components: the run's where it has its own."""
-    skip = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, "config.json", "metrics.jsonl", *skip}
+    skip = {ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXPORT_RECORD, "config.json", "metrics.jsonl", *skip}
     for folder in (base, run):  # the run comes last, so its files replace those of the base
         for path in folder.iterdir():
             is_curve = path.suffix == ".png"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distributed import total, world_size
+from distributed import is_main_process, total, world_size
 from files import atomic_write
 from model import OpenVLA
 from tokenizer import decode_action, encode_action, is_action_id
@@ -123,7 +123,7 @@ class Window:
     """Sums over the steps between two lines of the log."""
 
     def __init__(self, num_datasets: int, device: str):
-        self.losses = []  # of steps
+        self.losses = []  # of steps, floats: means over all processes
         self.counts = torch.zeros(num_datasets, 3, dtype=torch.float64, device=device)
         self.samples = 0
         self.tokens = 0
@@ -142,6 +142,25 @@ class Window:
         self.samples += len(batch["input_ids"])
         self.tokens += batch["input_ids"].numel()
 
+    def state(self) -> dict:
+        """Return the sums over all processes, for `restore`: so that a stop changes no later line of the log."""
+        return {
+            "losses": self.losses,
+            "counts": total(self.counts.clone()).tolist(),
+            "samples": self.samples,
+            "tokens": self.tokens,
+        }
+
+    def restore(self, state: dict | None):
+        """Continue with the sums that `state` returned. None, of older checkpoints, changes nothing."""
+        if not state:
+            return
+        self.losses = list(state["losses"])
+        if is_main_process():
+            self.counts += torch.tensor(state["counts"], dtype=torch.float64, device=self.counts.device)
+        self.samples = state["samples"]
+        self.tokens = state["tokens"]
+
     def close(self, model: OpenVLA, names: list[str]) -> dict:
         """Return the metrics over all processes. Those of one dataset of a mixture are named metric/dataset."""
         world = world_size()
@@ -150,7 +169,7 @@ class Window:
 
         num_values, right, error = counts.sum(0).clamp(min=1e-9).tolist()
         metrics = {
-            "loss": total(torch.stack(self.losses).mean()).item() / world,
+            "loss": torch.tensor(self.losses, dtype=torch.float32).mean().item(),
             "action_accuracy": right / num_values,
             "l1_loss": error / num_values,
         }

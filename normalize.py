@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Scheme -> the statistics that become -1 and +1. "normal" is a third scheme, by mean and standard deviation.
+# Scheme -> the statistics that become -1 and +1. `normalize` knows a third one, "normal", by mean and deviation.
 SCHEMES = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
 SCHEME = "bounds_q99"  # of all datasets but ALOHA
 
@@ -61,7 +61,9 @@ def unnormalize(y: np.ndarray, stats: dict, scheme: str = SCHEME) -> np.ndarray:
 
 def action_mask(stats: dict) -> np.ndarray:
     """Return which dimensions are normalised, (A,) bool."""
-    return np.asarray(stats.get("mask", np.ones(len(stats["q01"]))), bool)
+    if "mask" in stats:
+        return np.asarray(stats["mask"], bool)
+    return np.ones(len(stats["q01"]), bool)
 
 
 # -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import Checkpoint, open_checkpoint
+from checkpoint import Checkpoint, check_export, open_checkpoint
 from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
 from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
@@ -111,6 +111,8 @@ def load_policy(
         model.load_weights(checkpoint.weight_map, dtype, device, progress)
         if checkpoint.base:
             load_adapter(model, checkpoint.folder)
+    if checkpoint.base:
+        check_export(checkpoint.folder)  # again: a run may have exported anew while the files were read
     return Policy(model, tokenizer, processor, checkpoint.norm_stats, str(checkpoint.folder))
 
 

@@ -6,20 +6,33 @@ What a stopped run leaves, and how the next one continues it.
 
 A step folder is written under another name and renamed when it is whole: a process that is killed leaves either all of
 it or nothing that counts. It can be read by any number of processes. Frozen weights are not in it: the base checkpoint
-has them.
+has them, or the seed of a random model.
 
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
+import errno
+import io
+import pickle
 import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from checkpoint import ADAPTER_WEIGHTS
+from checkpoint import EXPORT_RECORD
 from distributed import barrier, is_main_process
 from files import read_json, write_json
 from formats.dataset import HOLD_OUT
@@ -42,6 +55,47 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 # -----------------------------------------------------------------------------
+# One run at a time
+
+
+def lock_run(run: Path):
+    """
+    Claim the run folder for this process. Returns what `unlock_run` takes. The lock ends with the process, however that
+    ends. Raises ValueError if another process has it.
+    """
+    if not is_main_process() or fcntl is None:
+        return None
+    file = open(run / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"{run}: another run is writing into this folder; wait for it, stop it, or give another --run_dir. "
+            f"(Several processes of one run are started by torchrun.)"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def unlock_run(lock):
+    if lock is not None:
+        lock.close()
+
+
+def remove_leftovers(run: Path):
+    """Delete what a killed save or export has left half written. To be called with the lock of the run."""
+    if not is_main_process():
+        return
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (run, run / "checkpoint"):
+        for path in folder.glob(".*.tmp"):  # of files.atomic_write
+            path.unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
 # Save and load
 
 
@@ -57,11 +111,21 @@ def save_checkpoint(run: Path, step: int, model, optimizer, about: dict, keep: i
     barrier()
 
     weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
-    with no_single_process_warning():
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished)
+    try:
+        with no_single_process_warning():
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished)
+        if is_main_process():
+            write_json(unfinished / "train.json", {"step": step, **about})
+    except (Exception, CheckpointException) as error:  # the second one is no Exception
+        if not is_disk_problem(error, run):
+            raise
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(
+            f"{unfinished}: step {step} could not be saved, the disk is full (or files may not grow so large); make "
+            f"room and run the same command again, it continues from the checkpoint before"
+        ) from None
 
     if is_main_process():
-        write_json(unfinished / "train.json", {"step": step, **about})
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         for old in complete_checkpoints(run)[:-keep]:
@@ -69,12 +133,34 @@ def save_checkpoint(run: Path, step: int, model, optimizer, about: dict, keep: i
     barrier()
 
 
+def is_disk_problem(error: BaseException | None, run: Path) -> bool:
+    """True if an error, or one that it came from, says that a file could not grow; or if next to nothing is free."""
+    if isinstance(error, CheckpointException):
+        return any(is_disk_problem(cause, run) for cause, _ in error.failures.values())
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return True
+        if "unexpected pos" in str(error):  # all that torch's writer says when the end of a file cannot be written
+            return True
+        error = error.__cause__ or error.__context__
+    return shutil.disk_usage(run).free < 10**6
+
+
 def load_checkpoint(folder: Path, model, optimizer) -> int:
     """Read a step folder into the model and the optimizer. Returns the number of steps done."""
     weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
     state = {"model": weights, "optimizer": moments}
-    with no_single_process_warning():
-        dcp.load(state, checkpoint_id=folder)
+    reader = DataOnlyReader(folder)
+    reader.read_metadata()  # first by itself, as dcp.load wraps its error
+    try:
+        with no_single_process_warning():
+            dcp.load(state, storage_reader=reader, planner=DataOnlyPlanner())
+    except CheckpointException as error:
+        causes = {str(cause).splitlines()[0] for cause, _ in error.failures.values()}
+        raise ValueError(
+            f"{folder}: cannot be resumed from, {'; '.join(sorted(causes))}. Nothing of it was run. Give another "
+            f"--resume folder, or --resume never to start anew"
+        ) from None
     set_state_dict(
         model,
         optimizer,
@@ -110,12 +196,84 @@ def asdict_shallow(cfg) -> dict:
 
 
 # -----------------------------------------------------------------------------
+# Read a step folder without running code from it
+#
+# torch.distributed.checkpoint keeps its index (.metadata) and numbers such as the learning rate as pickles. A pickle
+# can name any function of Python and have it called. So only the classes that describe tensors are let through.
+
+
+class DataOnlyUnpickler(pickle.Unpickler):
+    """Read a pickle that holds nothing but the description of tensors. Raises UnpicklingError for anything else."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+            "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "device"},
+        "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+        "collections": {"OrderedDict"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self.ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+class DataOnlyReader(FileSystemReader):
+    """Read the files of a step folder, with an index that may only describe tensors inside this folder."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = DataOnlyUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+            for info in metadata.storage_data.values():
+                if Path(info.relative_path).name != info.relative_path:
+                    raise pickle.UnpicklingError(f"it points to {info.relative_path}, outside the folder")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a broken pickle raises all kinds
+            raise ValueError(
+                f"{path}: refused, {error}; it must hold the description of tensors only. Nothing of it was run. "
+                f"Give another --resume folder, or --resume never to start anew"
+            ) from None
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class DataOnlyPlanner(DefaultLoadPlanner):
+    """Read the entries that are no tensors (learning rate, betas, ...) with nothing but plain values allowed."""
+
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        plain = torch.load(value, weights_only=True)
+        checked = io.BytesIO()
+        torch.save(plain, checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
+
+
+# -----------------------------------------------------------------------------
 # Which checkpoint to continue, and whether it is the same run
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Return the complete step folders of a run, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob("step-*/train.json"))
+    """Return the complete step folders of a run, oldest first. (By number: as text, step-1000000 is before step-2.)"""
+    folders = [path.parent for path in (run / "checkpoints").glob("step-*/train.json")]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the number of a step folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def checkpoint_to_resume(run: Path, resume: str) -> Path | None:
@@ -140,9 +298,11 @@ def check_same_run(folder: Path, cfg, statistics: dict):
             f"{sorted(statistics)}; give the same data, or --resume never to start anew"
         )
 
-    options_before = {"hold_out": HOLD_OUT, **before["config"]}  # older runs do not name hold_out, which was fixed
+    # An option that is newer than the run had its default, but hold_out, which was fixed.
+    defaults = {**printable(type(cfg)()), "hold_out": HOLD_OUT}
+    options_before = {**defaults, **before["config"]}
     for key, value in printable(cfg).items():
-        if key not in options_before or options_before[key] == value:
+        if options_before[key] == value:
             continue
         if " at 0x" in f"{options_before[key]}{value}":  # an object, which has no lasting name
             continue
@@ -178,7 +338,7 @@ def archive_later_checkpoints(run: Path, step: int):
     Move the checkpoints of later steps away, now that the run continues from `step`: they belong to another course of
     it, and would be taken for its newest.
     """
-    later = [folder for folder in complete_checkpoints(run) if int(folder.name.removeprefix("step-")) > step]
+    later = [folder for folder in complete_checkpoints(run) if step_of(folder) > step]
     if later and is_main_process():
         n = 1
         while (run / f"checkpoints-before-{n}").exists():
@@ -194,7 +354,7 @@ def archive_later_checkpoints(run: Path, step: int):
 def is_exported(run: Path, saved: Path) -> bool:
     """True if the model (or adapter) that sample.py reads is there, and is newer than a step folder."""
     saved_at = (saved / "train.json").stat().st_mtime
-    exports = (run / "checkpoint" / INDEX, run / ADAPTER_WEIGHTS)
+    exports = (run / "checkpoint" / INDEX, run / EXPORT_RECORD)
     return any(path.is_file() and path.stat().st_mtime >= saved_at for path in exports)
 
 

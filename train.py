@@ -14,6 +14,8 @@ OpenVLA section 3.4, https://arxiv.org/abs/2406.09246; vla-scripts/train.py of g
 """
 
 import math
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -38,7 +40,7 @@ from distributed import (
     total,
     world_size,
 )
-from files import atomic_write, write_json
+from files import atomic_write, read_json, write_json
 from formats import oxe
 from formats.dataset import HOLD_OUT, RobotDataset
 from image import CROPPED, WHOLE, ImageProcessor
@@ -55,8 +57,11 @@ from resume import (
     describe_run,
     is_exported,
     load_checkpoint,
+    lock_run,
     printable,
+    remove_leftovers,
     save_checkpoint,
+    unlock_run,
 )
 from tokenizer import PAD, Tokenizer, make_standin, prompt_for
 
@@ -71,7 +76,7 @@ WHAT_TO_GIVE = (
 class Config:
     # Data
     data_root_dir: str = ""  # folder with one RLDS folder per dataset
-    data_mix: Any = "bridge"  # mixture or dataset of formats/oxe.py, or a list of (name, row or dataset object, weight)
+    data_mix: Any = "bridge"  # mixture or dataset of formats/oxe.py, or [(a name, row or dataset object, weight)]
     views: tuple[str, ...] = ("primary",)  # the cameras, in the order in which the model gets their images
     action_chunk: int = 1  # actions that the model learns to answer with
     oft_state: bool = False  # read the robot's state as OpenVLA-OFT does: without the pad column of LIBERO
@@ -97,7 +102,7 @@ class Config:
     decay_step: int = 100_000
     weight_decay: float = 0.0  # not on norms and biases
     beta2: float = 0.999
-    grad_clip: float = 1.0  # norm of all gradients; 0: off
+    grad_clip: float = 1.0  # largest norm of all gradients together; 0: off (LoRA's and OFT's default)
     bf16: bool = True  # compute in bfloat16, keep weights and sum gradients in float32; off on the CPU
     activation_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more compute
     seed: int = 7
@@ -227,8 +232,8 @@ def prepare_batch(batch: dict, trainee: Trainee, device: str) -> dict:
 
 
 def check_finite(loss: torch.Tensor, step: int, cfg: Config):
-    """Raise ValueError if the loss of any process is not finite, and say which samples made it so."""
-    if torch.isfinite(total(loss.clone())):
+    """Raise ValueError if the mean loss of all processes is not finite, and say which samples made it so."""
+    if torch.isfinite(loss):
         return
     first = step * cfg.batch_size
     raise ValueError(
@@ -247,11 +252,13 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
 
     build: makes what is trained; finetune_lora.py and finetune_oft.py have their own.
     """
-    rank, world, device = start_processes()
+    process, world, device = start_processes()
     has_cuda = device != "cpu"
     run = run_folder(cfg)
     check_config(cfg, world)
     check_writable(run)
+    lock = lock_run(run)
+    remove_leftovers(run)
 
     # Data.
     train_data, val_data = open_data(cfg)
@@ -271,12 +278,12 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     check_disk(run, num_trained, num_exported, cfg.keep_checkpoints)
     if cfg.activation_checkpointing:
         trainee.vla.recompute_blocks()
-    sharded = is_torchrun()
-    if sharded or has_cuda:
+    has_many_processes = is_torchrun()
+    if has_many_processes or has_cuda:  # one GPU takes the same path: float32 weights, bfloat16 compute
         units = [*trainee.vla.transformer_blocks(), trainee.vla.vision_backbone]
         shard(model, units, "cuda" if has_cuda else "cpu", cfg.bf16 and has_cuda)
     model.train()
-    optimizer = build_optimizer(model, cfg, fused=has_cuda or not sharded)
+    optimizer = build_optimizer(model, cfg, fused=has_cuda or not has_many_processes)
 
     # Continue a stopped run.
     has_frozen_base = num_trained < num_parameters and bool(cfg.base_checkpoint)
@@ -290,8 +297,17 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     started_at = step
 
     # The stream of batches is a function of the step, so it continues where it was.
-    mixture = Mixture(train_data, trainee.tokenizer, trainee.processor.size, cfg.seed, cfg.image_aug, cfg.action_chunk)
-    positions = Positions(cfg.batch_size, cfg.micro_batch_size, rank, world, step)
+    signals_received = []
+    handlers = catch_signals(signals_received)
+    mixture = Mixture(
+        train_data,
+        trainee.tokenizer,
+        image_size=trainee.processor.size,
+        seed=cfg.seed,
+        image_aug=cfg.image_aug,
+        action_chunk=cfg.action_chunk,
+    )
+    positions = Positions(cfg.batch_size, cfg.micro_batch_size, process, world, step)
     batches = iter(make_loader(mixture, positions, cfg.num_workers, pin_memory=has_cuda))
     accumulate = cfg.batch_size // (cfg.micro_batch_size * world)
 
@@ -299,30 +315,31 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     if is_main_process():
         log = Log(run, cfg.max_steps, step, printable(cfg), cfg.wandb, cfg.tensorboard)
         print_start(datasets, num_trained, num_parameters, step)
-    signals_received = []
-    handlers = catch_signals(signals_received)
     window = Window(len(datasets), device)
+    if resumed:
+        window.restore(read_json(resumed / "train.json").get("window"))
     metrics = {}
 
     while step < cfg.max_steps and not signals_received:
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(cfg.seed + step * world + rank)  # for dropout; the data has an order of its own
+        torch.manual_seed(cfg.seed + step * world + process)  # for dropout; the data has an order of its own
 
         # Forward and backward. Gradients add up over the micro-batches; processes exchange them after the last one.
         step_loss = torch.zeros((), device=device)
         for micro_step in range(accumulate):
             batch = window.timed_next(batches)
             batch = prepare_batch(batch, trainee, device)
-            if sharded:
+            if has_many_processes:
                 model.set_requires_gradient_sync(micro_step == accumulate - 1)
             loss, predicted = model.loss(batch)
             (loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
             window.add(batch, count_errors(predicted, batch, len(datasets)))
-        window.losses.append(step_loss)
+        step_loss = total(step_loss) / world
         check_finite(step_loss, step, cfg)
+        window.losses.append(step_loss.item())
 
         # Update the weights.
         if cfg.grad_clip:
@@ -333,7 +350,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         is_last = step == cfg.max_steps
 
         # Ctrl-C or SIGTERM may have reached one process only; all of them stop together, after this step.
-        if sharded:
+        if has_many_processes:
             num_signals = total(torch.tensor(len(signals_received), device=device))
             if num_signals > 0 and not signals_received:
                 signals_received.append(signal.SIGTERM)
@@ -344,14 +361,14 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         if step % cfg.log_every == 0 or is_last:
             metrics = {"step": step, "lr": lr, **window.close(trainee.vla, list(statistics))}
             window = Window(len(datasets), device)
-            if cfg.val_every and step % cfg.val_every < cfg.log_every:
+            if cfg.val_every and step % cfg.val_every < cfg.log_every:  # the first line after each val_every steps
                 metrics.update(validate(trainee, val_data, cfg, device))
             if log:
                 log.write(metrics)
 
         # Save.
         if step % cfg.save_every == 0 or is_last or signals_received:
-            about = describe_run(cfg, statistics, base)
+            about = {**describe_run(cfg, statistics, base), "window": window.state()}
             save_checkpoint(run, step, model, optimizer, about, cfg.keep_checkpoints)
             if log and metrics:
                 plot_curves(run)
@@ -361,10 +378,12 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     restore_signals(handlers)
     if log:
         log.close()
+    unlock_run(lock)
     if signals_received:
         stop(step, signals_received[0])
     if started_at >= cfg.max_steps:
-        if not is_exported(run, resumed):  # it was killed before that
+        # Only a resumed run starts at its last step. It may have been killed before its export.
+        if not is_exported(run, resumed):
             trainee.export(run, trainee, statistics, cfg)
         if is_main_process():
             print(f"{run} is already trained to step {step}; raise --max_steps, or --resume never starts anew")
@@ -373,17 +392,17 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
 
 @torch.no_grad()
 def validate(trainee: Trainee, val_data: list, cfg: Config, device: str) -> dict:
-    """Return loss and action metrics on the first frames of the validation split, the same ones each time."""
+    """Return loss and action metrics on the first samples of the shuffled validation split, always the same ones."""
     positions = Positions(cfg.micro_batch_size * world_size(), cfg.micro_batch_size, rank(), world_size())
     mixture = Mixture(
         val_data, trainee.tokenizer, trainee.processor.size, cfg.seed, image_aug=False, action_chunk=cfg.action_chunk
     )
     window = Window(len(val_data), device)
     trainee.model.eval()
-    for batch, _ in zip(make_loader(mixture, positions), range(cfg.val_batches), strict=False):
+    for _, batch in zip(range(cfg.val_batches), make_loader(mixture, positions), strict=False):
         batch = prepare_batch(batch, trainee, device)
         loss, predicted = trainee.model.loss(batch)
-        window.losses.append(loss)
+        window.losses.append((total(loss) / world_size()).item())
         window.add(batch, count_errors(predicted, batch, len(val_data)))
     trainee.model.train()
 
@@ -393,9 +412,12 @@ def validate(trainee: Trainee, val_data: list, cfg: Config, device: str) -> dict
 
 
 def catch_signals(received: list) -> dict:
-    """From now on Ctrl-C and SIGTERM only append themselves to `received`. Returns what `restore_signals` takes."""
+    """
+    From now on Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning before the time is up) only append themselves to
+    `received`. Returns what `restore_signals` takes.
+    """
     handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
     return handlers
 
@@ -408,9 +430,21 @@ def restore_signals(handlers: dict):
 def stop(step: int, signal_number: int):
     """End a run that a signal has stopped, with the exit code that shells expect."""
     if is_main_process():
-        command = " ".join([Path(sys.executable).name, *sys.argv])
-        print(f"stopped after step {step}; resume with: {command}")
-        raise SystemExit(130 if signal_number == signal.SIGINT else 143)
+        print(f"stopped after step {step}; resume with: {resume_command()}")
+        raise SystemExit(128 + signal_number)
+
+
+def resume_command() -> str:
+    """Return the command line that continues this run, so that it can be pasted into a shell."""
+    launcher = [Path(sys.executable).name]
+    if is_torchrun():
+        launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        if nodes == "1":
+            launcher.append("--standalone")
+        else:
+            launcher += ["--nnodes", nodes, "--rdzv-endpoint", f"{os.environ['MASTER_ADDR']}:29500"]
+    return shlex.join([*launcher, *sys.argv])
 
 
 def print_start(datasets: list[RobotDataset], num_trained: int, num_parameters: int, step: int):
@@ -446,11 +480,32 @@ def check_config(cfg: Config, world: int):
     for key, known in choices.items():
         if getattr(cfg, key) not in known:
             raise ValueError(f"--{key} {getattr(cfg, key)!r} is none of {', '.join(known)}")
-    for key in ("batch_size", "micro_batch_size", "max_steps", "log_every", "save_every", "keep_checkpoints"):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"--{key} {getattr(cfg, key)}: must be 1 or more")
-    if not 0 <= cfg.hold_out < 1:
-        raise ValueError(f"--hold_out {cfg.hold_out}: must be a share, at least 0 and below 1")
+    smallest = {
+        "batch_size": 1,
+        "micro_batch_size": 1,
+        "max_steps": 1,
+        "log_every": 1,
+        "save_every": 1,
+        "keep_checkpoints": 1,
+        "action_chunk": 1,
+        "lr": 0,
+        "warmup_steps": 0,
+        "decay_step": 0,
+        "weight_decay": 0,
+        "grad_clip": 0,
+        "num_workers": 0,
+        "val_every": 0,
+        "val_batches": 1 if cfg.val_every else 0,
+        "seed": 0,
+    }
+    for key, limit in smallest.items():
+        value = getattr(cfg, key)
+        if not limit <= value < math.inf:
+            raise ValueError(f"--{key} {value}: must be {limit} or more")
+    for key in ("hold_out", "beta2"):
+        value = getattr(cfg, key)
+        if not 0 <= value < 1:
+            raise ValueError(f"--{key} {value}: must be at least 0 and below 1")
 
     if cfg.batch_size % (cfg.micro_batch_size * world):
         raise ValueError(
@@ -503,13 +558,13 @@ def open_split(cfg: Config, split: str, progress: Callable = no_progress) -> lis
     parts = open_mixture(
         cfg.data_root_dir,
         cfg.data_mix,
-        split,
-        cfg.views,
-        cfg.action_chunk,
-        cfg.hold_out,
-        cfg.skip_bad_records,
-        cfg.oft_state,
-        progress,
+        split=split,
+        views=cfg.views,
+        action_chunk=cfg.action_chunk,
+        hold_out=cfg.hold_out,
+        skip_bad_records=cfg.skip_bad_records,
+        oft_state=cfg.oft_state,
+        progress=progress,
     )
     if not isinstance(cfg.data_mix, str):
         for what, _ in cfg.data_mix:

@@ -42,6 +42,7 @@ PAGES = (
     "docs/serving.md",
     "docs/widowx.md",
     "docs/formats.md",
+    "docs/security.md",
     "docs/parity.md",
     "docs/differences.md",
     "docs/design.md",

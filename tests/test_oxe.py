@@ -71,8 +71,8 @@ RAW = {
     "observation.cartesian_position:6 observation.gripper_position:1",
     oxe.libero: "action:7 observation.state:8",
 }
-TOY = {"toy", "toy_changed", "toy_chunks"}  # no official datasets
-# State columns that are read straight from the record
+NOT_OFFICIAL = {"toy", "toy_changed", "toy_chunks"}  # rows of ours; a new one is entered here
+# State columns that are read straight from the record; a new row with a state is entered here
 RAW_STATE = {
     "fractal20220817_data": "base_pose_tool_reached:7 gripper_closed:1",
     "berkeley_cable_routing": "robot_state:7",
@@ -95,14 +95,14 @@ RAW_STATE = {
     "cmu_playing_with_food": "state:6",
     "cmu_play_fusion": "state:8",
     **{name: "state:14" for name in oxe.DATASETS if name.startswith("aloha")},
-    **{name: "state:7" for name in TOY},
+    **{name: "state:7" for name in NOT_OFFICIAL},
 }
 # Columns of the joined state where they are not 8
 PROPRIO_WIDTH = {
     **dict.fromkeys(["droid", "droid_wipe", "fmb_dataset", "dobbe", "rh20t"], 7),
     **{f"libero_{suite}_no_noops": 9 for suite in ("spatial", "object", "goal", "10")},
     **{name: 14 for name in oxe.DATASETS if name.startswith("aloha")},
-    **dict.fromkeys(TOY, 7),
+    **dict.fromkeys(NOT_OFFICIAL, 7),
 }
 GRIPPER_VALUES = np.float32([-1, -0.5, -0.1, -0.05, 0, 0.03, 0.05, 0.1, 0.37, 0.6, 0.95, 0.96, 1, 1.2])
 
@@ -207,7 +207,7 @@ def test_shortest_episodes():
 
 
 def test_counts_and_weights():
-    assert len(oxe.DATASETS) == 78 + len(TOY) and len(oxe.MIXTURES) == 23
+    assert len(oxe.DATASETS) == 78 + len(NOT_OFFICIAL) and len(oxe.MIXTURES) == 23
     lengths = {"bridge": 1, "bridge_rt_1": 2, "rtx": 10, "rtx_franka": 28, "oxe_magic_soup": 23}
     lengths |= {"oxe_magic_soup_plus": 27, "oxe_magic_soup_plus_minus": 25, "libero_4_task_suites_no_noops": 4}
     assert {name: len(oxe.MIXTURES[name]) for name in lengths} == lengths
@@ -233,7 +233,7 @@ def test_official_tables():
     tables = json.loads(files[0].read_text())
     differences = tables["differences_openvla_oft"]
     rows = tables["datasets"] | differences["datasets_added"]
-    assert set(oxe.DATASETS) == set(rows) | set(tables["transforms_without_config"]) | TOY
+    assert set(oxe.DATASETS) == set(rows) | set(tables["transforms_without_config"]) | NOT_OFFICIAL
     for name, official in rows.items():
         row = oxe.DATASETS[name]
         images = {view: key for view, key in row.images.items() if key}

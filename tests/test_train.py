@@ -29,7 +29,7 @@ from toy import world as toy
 
 
 def test_loss_accuracy_and_l1_as_in_the_official_loop(models):
-    """The golden training batch through train.forward's counting: the official loss, action accuracy and L1."""
+    """The golden training batch through the counting of metrics.py: the official loss, action accuracy and L1."""
     from metrics import count_tokens
 
     model, (tensors, info) = models["tiny-openvla"], golden("tiny-openvla")
