@@ -98,7 +98,7 @@ class Config:
     max_steps: int = 100_000
     lr: float = 2e-5
     schedule: str = "constant"  # constant, cosine (to 0 at max_steps), step (times 0.1 from decay_step on)
-    warmup_steps: int = 0  # linear, from 0
+    warmup_steps: int = 0  # linear; the first step has lr / warmup_steps
     decay_step: int = 100_000
     weight_decay: float = 0.0  # not on norms and biases
     beta2: float = 0.999
@@ -174,7 +174,10 @@ def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
 
 
 def freeze(model: OpenVLA, parts: str):
-    """Set requires_grad for one of the paper's ways to train (table 1; prismatic/models/vlms/prismatic.py)."""
+    """
+    Set requires_grad for one of the paper's ways to train (table 1; prismatic/models/vlms/prismatic.py). The table
+    below lists what trains; embeddings and head train together with the last layer.
+    """
     llama = model.language_model
     last_layer = [llama.model.embed_tokens, llama.model.layers[-1], llama.lm_head]
     trained = {
