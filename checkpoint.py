@@ -12,18 +12,22 @@ No weight is loaded, and no code of the folder is run. What it learned is kept i
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from files import read_json, write_json
+from files import read_json, read_json_object, write_json
 from image import CROPPED, ImageProcessor
-from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config
+from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
 from speed.quantize import use_quantized_layers
 from tokenizer import Tokenizer, prompt_for
 
@@ -32,6 +36,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OFT_RECORD = "oft_config.json"
 EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
+
+# How safetensors files call the dtypes that weights may have. (Those of our quantized folders are integers besides.)
+WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+MOST_HEADER_BYTES = 10**8  # the bound of the safetensors library, too
 
 
 @dataclass
@@ -60,24 +68,41 @@ class Checkpoint:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that config.json says the weights are in. Raises ValueError if it names none."""
-        name = str(self.config.extra.get("torch_dtype", "bfloat16"))
-        dtype = getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(
-                f"{self.folder}: config.json has torch_dtype {name!r}; it must be bfloat16, float32 or float16"
-            )
-        return dtype
+        """
+        The dtype that config.json says the weights are in. If it says nothing, that of the last norm's weight.
+        Raises ValueError for a name that is none.
+        """
+        name = self.config.extra.get("torch_dtype")
+        if not name:
+            norm = "language_model.model.norm.weight"
+            _, layout = read_layout(self.weight_map[norm])
+            return WEIGHT_DTYPES[layout[norm]["dtype"]]
+        for dtype in WEIGHT_DTYPES.values():
+            if str(dtype).removeprefix("torch.") == str(name).removeprefix("torch."):
+                return dtype
+        raise ValueError(
+            f"{self.folder}: config.json has torch_dtype {name!r}; it must be bfloat16, float32 or float16"
+        )
 
     @cached_property
     def tokenizer(self) -> "Tokenizer":
         """The tokenizer with the prompt of this model. Raises FileNotFoundError or ValueError."""
-        return Tokenizer(self.folder_with("tokenizer.model"), prompt_for(self.config.extra))
+        path = self.folder_with("tokenizer.model") / "tokenizer.model"
+        remedy = "copy it from openvla-7b or Llama-2, it is the same for all (tokenizer.json is not read)"
+        return Tokenizer(require_file(path, remedy), prompt_for(self.config.extra))
 
     @cached_property
     def processor(self) -> ImageProcessor:
         """The image processor. Raises FileNotFoundError or ValueError."""
-        processor = ImageProcessor.from_pretrained(self.folder_with("preprocessor_config.json"))
+        folder = self.folder_with("preprocessor_config.json")
+        processor = ImageProcessor.from_pretrained(folder)
+        sizes = [vit.img_size for vit in self.config.vision]
+        if [processor.size] * len(processor.means) != sizes:
+            raise ValueError(
+                f"{folder / 'preprocessor_config.json'}: it makes {len(processor.means)} image(s) of {processor.size} "
+                f"pixels, but the vision encoders of config.json take {sizes}; copy the file from the model that this "
+                f"one was trained from"
+            )
         if self.is_oft and not processor.trained_on:
             # Released OFT folders do not record it, but all of them were trained on random crops.
             processor.trained_on = CROPPED
@@ -108,61 +133,104 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder{hint_for_missing(folder)}")
     base = base_of(folder)
     if base:
         return open_lora_run(folder, base)
 
-    if not (folder / "config.json").is_file():
-        hint = "; convert_weights.py turns .pt checkpoints into this layout" if list(folder.rglob("*.pt")) else ""
-        raise FileNotFoundError(f"{folder}: not a checkpoint in Hugging Face layout, it has no config.json{hint}")
+    file = folder / "config.json"
+    if not file.is_file() and not file.is_symlink():
+        raise FileNotFoundError(
+            f"{folder}: not a checkpoint in Hugging Face layout, it has no config.json{hint_for_other(folder)}"
+        )
+    require_file(file, "")  # a link may lead nowhere
     try:
-        config = OpenVLAConfig.from_dict(read_config(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder}: config.json or {STATISTICS} cannot be used ({error})") from None
+        hf = read_config(folder)
+        check_quantization(hf)
+        config = OpenVLAConfig.from_dict(hf)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        hint = "" if list(folder.glob("*.safetensors")) else hint_for_other(folder)
+        raise ValueError(f"{folder}: config.json or {STATISTICS} cannot be used ({error}){hint}") from None
 
     with torch.device("meta"):
         skeleton = OpenVLA(config)
     if config.extra.get("quantization"):
         use_quantized_layers(skeleton, config.extra["quantization"])
-    weight_map = check_tensors(folder, skeleton)
-    return Checkpoint(folder, None, config, skeleton, weight_map, is_oft(folder))
+    files = check_tensors(folder, skeleton)
+    return Checkpoint(folder, None, config, skeleton, files, is_oft(folder))
 
 
 def open_lora_run(folder: Path, base: Path) -> Checkpoint:
     """Check an adapter and its base checkpoint."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder / ADAPTER_WEIGHTS}: missing beside {ADAPTER_CONFIG}")
-    read_header(folder / ADAPTER_WEIGHTS)
-    check_export(folder)
-
+    if (base / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: its base {base} is a LoRA run itself; merge that first (python convert_weights.py merge-lora "
+            f"{base} OUT) and set base_model_name_or_path in {ADAPTER_CONFIG} to OUT"
+        )
     checkpoint = open_checkpoint(base)
     checkpoint.refuse_quantized()
+    check_adapter(folder)
+    check_export(folder)
+    check_adapter_fits(folder, read_shapes(checkpoint.weight_map))
+    check_stored_base(folder, lambda name: read_tensor(checkpoint.weight_map[name], name))
     config = checkpoint.config
     if (folder / STATISTICS).is_file():
-        config.extra["norm_stats"] = read_json(folder / STATISTICS)
+        config.extra["norm_stats"] = read_json_object(folder / STATISTICS)
     return Checkpoint(folder, base, config, checkpoint.skeleton, checkpoint.weight_map, is_oft(folder))
+
+
+def check_quantization(hf: dict):
+    """Raise ValueError if config.json says that another tool has quantized the weights: its codes are no weights."""
+    for part in (hf, hf.get("text_config") or {}):
+        about = part.get("quantization_config")
+        if about:
+            tool = about.get("quant_method") if isinstance(about, dict) else about
+            raise ValueError(
+                f"quantization_config: the folder was quantized by another tool ({tool}), which is not read here; take "
+                f"the checkpoint that it was made from, and `convert_weights.py quantize`"
+            )
 
 
 def check_tensors(folder: Path, skeleton: OpenVLA) -> dict[str, Path]:
     """Compare all tensors of a folder with those of the model. Returns tensor name -> file."""
-    missing = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    weight_map = {}
+    missing = skeleton.state_dict()
+    files = {}
     for path in weight_files(folder):
-        for name, shape in read_header(path).items():
-            weight_map[name] = path
+        _, layout = read_layout(path)
+        for name, entry in layout.items():
+            shape = tuple(entry["shape"])
+            is_repeated = name in files
+            files[name] = path
             if is_unused(name, skeleton.cfg):
                 continue
 
+            if is_repeated:
+                raise ValueError(
+                    f"{path}: tensor {name} is in another weight file, too; remove the files of an old save"
+                )
             if name not in missing:
-                raise ValueError(f"{path}: unexpected tensor {name} {shape}; config.json describes another model")
+                hint = hint_for_wrapper(name, skeleton)
+                raise ValueError(f"{path}: unexpected tensor {name} {shape}; config.json describes another model{hint}")
             expected = missing.pop(name)
-            if shape != expected:
-                raise ValueError(f"{path}: tensor {name} has shape {shape}, config.json makes it {expected}")
+            if shape != tuple(expected.shape):
+                raise ValueError(
+                    f"{path}: tensor {name} has shape {shape}, config.json makes it {tuple(expected.shape)}"
+                )
+            if expected.is_floating_point() and entry["dtype"] not in WEIGHT_DTYPES:
+                raise ValueError(
+                    f"{path}: tensor {name} is {entry['dtype']}: quantized codes, not weights (BF16, F16 or F32); take "
+                    f"the checkpoint that this one was made from"
+                )
     if missing:
         first = next(iter(missing))
-        raise ValueError(f"{folder}: {len(missing)} tensors are in no weight file, the first is {first}")
-    return weight_map
+        hint = ""
+        if list(missing) == ["language_model.lm_head.weight"]:
+            hint = (
+                "; if the model was saved with tie_word_embeddings, save it again with lm_head.weight, a copy of "
+                "model.embed_tokens.weight"
+            )
+        raise ValueError(f"{folder}: {len(missing)} tensors are in no weight file, the first is {first}{hint}")
+    return files
 
 
 def is_oft(folder: str | Path) -> bool:
@@ -174,39 +242,47 @@ def is_oft(folder: str | Path) -> bool:
 def base_of(folder: str | Path) -> Path | None:
     """
     The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run. The name
-    that stands there is looked for as it is, inside the run and beside it. Raises FileNotFoundError.
+    that stands there is looked for as it is, inside the run and beside it. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return None
 
-    name = read_json(file).get("base_model_name_or_path") or ""
+    name = read_json_object(file).get("base_model_name_or_path") or ""
+    if not isinstance(name, str):
+        raise ValueError(f"{file}: base_model_name_or_path is {name!r}, it must be the folder of the base checkpoint")
     if name:
         for place in (Path(name).expanduser(), folder / name, folder.parent / Path(name).name):
             if place.is_dir():
                 return place
-    raise FileNotFoundError(f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to it")
+    raise FileNotFoundError(
+        f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to its folder"
+        f"{hint_for_missing(Path(name))}"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those that its index names, or model.safetensors."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} is a LoRA run, not a model of its own; merge it first: python convert_weights.py merge-lora "
+            f"{folder} OUT"
+        )
     index = folder / INDEX
     if index.is_file():
         refuse_pointer(index)
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index}: not an index of weight files ({error!r}); download it again") from None
-        hint = f"named by {INDEX}"
+        paths = sorted(set(weight_map(folder).values()))
+        hint = f"{INDEX} names it; download it again"
     else:
-        names = {"model.safetensors"}
-        hint = f"and there is no {INDEX}"
-
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: weight file missing, {hint}; download it again")
-    return [folder / name for name in sorted(names)]
+        paths = [folder / "model.safetensors"]
+        pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        hint = f"and there is no {INDEX}; download it again"
+        if pickles:
+            hint = f"there is only {pickles[0]}, a pickle; save the model again with safe_serialization=True"
+    for path in paths:
+        require_file(path, hint, kind="weight file ")
+    return paths
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -225,6 +301,213 @@ def fingerprint_files(paths: list[Path]) -> str:
                 file.seek(i * size // 16)
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# What to do about a folder that is none
+
+
+def require_file(path: Path, remedy: str, kind: str = "") -> Path:
+    """Return the path of a file. Raises FileNotFoundError with the remedy if it is not there."""
+    if path.is_file():
+        return path
+    if path.is_symlink():
+        raise FileNotFoundError(
+            f"{path}: a link to {path.readlink()}, which is not there: a folder of the Hugging Face cache that was "
+            f"copied without its blobs; copy it with cp -rL, or download it again"
+        )
+    raise FileNotFoundError(f"{path}: {kind}missing, {remedy}")
+
+
+def hint_for_missing(folder: Path) -> str:
+    """Return how to get a checkpoint that may be meant by the name of a folder that is not there."""
+    if folder.is_file():
+        return "; it is a file: give the folder that it is in"
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
+    if not is_hub_name:
+        return ""
+    return f"; if it is a name on huggingface.co, download it: hf download {folder} --local-dir {folder.name}"
+
+
+def hint_for_other(folder: Path) -> str:
+    """Return what a folder is that is no model in Hugging Face layout, and which folder may be meant."""
+    snapshots = sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
+    if snapshots:
+        return f"; it is a folder of the Hugging Face cache, the model is in {snapshots[-1]}"
+    if (folder / "checkpoint" / "config.json").is_file():
+        return f"; it is a run folder, its model is in {folder / 'checkpoint'}"
+    if list(folder.glob("checkpoints/step-*/train.json")) or (folder / "train.json").is_file():
+        return "; it is a run that has not finished: the command that started it continues it"
+    if list(folder.rglob("*.pt")):
+        return "; convert_weights.py turns .pt checkpoints into this layout"
+    models = sorted(path.parent for name in ("config.json", ADAPTER_CONFIG) for path in folder.glob(f"*/{name}"))
+    if models:
+        return f"; is {models[0]} meant?"
+    return ""
+
+
+def hint_for_wrapper(name: str, skeleton: OpenVLA) -> str:
+    """Return what to do about a tensor that is the model's but for what a wrapper has put in front of its name."""
+    for own in skeleton.state_dict():
+        if name.endswith(f".{own}"):
+            prefix = name.removesuffix(own)
+            return f" (a wrapper has put {prefix} in front; save the model that is inside it)"
+    return ""
+
+
+# -----------------------------------------------------------------------------
+# Adapters, as PEFT keeps them
+
+PEFT_PREFIX = "base_model.model."  # before each of our names
+
+# What adapter_config.json must say, if it says anything of it. PEFT knows more kinds of adapters.
+PLAIN_LORA = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "alpha_pattern": {},
+    "rank_pattern": {},
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+}
+# How A and B may have started. PiSSA, OLoRA, CorDA, LoftQ and others change the base as well: their adapter is wrong on
+# the base that is in the files.
+PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "orthogonal", "eva")
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """Return the content of adapter_config.json. Raises ValueError, naming the file, for what is not plain LoRA."""
+    file = folder / ADAPTER_CONFIG
+    config = read_json_object(file)
+    for key, expected in PLAIN_LORA.items():
+        value = config.get(key, expected)
+        is_off = not value and not expected  # None, False and {} all say that it is not used
+        if value != expected and not is_off:
+            raise ValueError(f"{file}: {key} is {value!r}; only plain LoRA is read here, {expected!r}")
+
+    start = config.get("init_lora_weights")
+    if isinstance(start, str):
+        start = start.lower()
+    if start not in PLAIN_STARTS:
+        raise ValueError(
+            f"{file}: init_lora_weights is {start!r}, an adapter for a base that was changed with it; convert it to "
+            f"plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    rank = config.get("r")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{file}: r is {rank!r}, it must be the rank, a whole number above 0")
+    alpha = config.get("lora_alpha")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{file}: lora_alpha is {alpha!r}, it must be a number above 0")
+    dropout = config.get("lora_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
+        raise ValueError(f"{file}: lora_dropout is {dropout!r}, it must be a number from 0 to 1")
+    return config
+
+
+def adapter_names(folder: Path) -> dict[str, str]:
+    """Return our name -> the name in the file, of each tensor of adapter_model.safetensors."""
+    file = folder / ADAPTER_WEIGHTS
+    hint = f"an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+    if (folder / "adapter_model.bin").is_file():
+        hint = (
+            'there is only adapter_model.bin of an older PEFT, a pickle; turn it into this file: python -c "import '
+            "torch; from safetensors.torch import save_file; save_file(torch.load('adapter_model.bin', "
+            "weights_only=True), 'adapter_model.safetensors')\""
+        )
+    names = {}
+    for peft_name in read_header(require_file(file, hint)):
+        if not peft_name.startswith(PEFT_PREFIX) or not peft_name.endswith(".weight"):
+            raise ValueError(f"{file}: {peft_name} is no tensor of a LoRA adapter of PEFT")
+        names[peft_name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")] = peft_name
+    return names
+
+
+def check_adapter(folder: Path):
+    """
+    Raise ValueError or FileNotFoundError unless a folder holds a plain LoRA adapter, in which each layer has an A and a
+    B of the rank that adapter_config.json says. To be checked without a base.
+    """
+    rank = read_adapter_config(folder)["r"]
+    names = adapter_names(folder)
+    shapes = read_header(folder / ADAPTER_WEIGHTS)
+    modules = adapted_layers(names)
+    if not modules:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: it holds no adapter; save it again")
+    for module in modules:
+        A, B = (shapes.get(names.get(f"{module}.{half}.weight"), ()) for half in ("lora_A", "lora_B"))
+        if A[:1] != (rank,) or B[1:2] != (rank,):
+            raise ValueError(
+                f"{folder / ADAPTER_WEIGHTS}: {PEFT_PREFIX}{module}.weight needs a lora_A and a lora_B of rank {rank}, "
+                f"as {ADAPTER_CONFIG} says (r); they are {A or 'missing'} and {B or 'missing'}"
+            )
+
+
+def adapted_layers(names) -> list[str]:
+    """Return the layers to which the A and B of these names belong."""
+    layers = {name.rsplit(".", 2)[0] for name in names if ".lora_" in name}  # "... .q_proj.lora_A.weight" -> q_proj
+    return sorted(layers)
+
+
+def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
+    """Raise ValueError unless each tensor of an adapter fits the base. base_shapes: name -> shape of its tensors."""
+    file = folder / ADAPTER_WEIGHTS
+    rank = read_adapter_config(folder)["r"]
+    names = adapter_names(folder)
+    found = read_header(file)
+
+    expected = {}
+    for module in adapted_layers(names):
+        if f"{module}.weight" not in base_shapes:
+            raise ValueError(f"{file}: adapter for {module}, which the base model does not have")
+        out_channels, *in_shape = base_shapes[f"{module}.weight"]
+        kernel_of_B = [1] * (len(in_shape) - 1)
+        expected[f"{module}.lora_A.weight"] = (rank, *in_shape)
+        expected[f"{module}.lora_B.weight"] = (out_channels, rank, *kernel_of_B)
+    for name in names:
+        if name not in expected and name not in base_shapes:
+            raise ValueError(f"{file}: {names[name]} is no tensor of a LoRA adapter of PEFT, nor of its base model")
+        if name not in expected:
+            expected[name] = base_shapes[name]
+
+    for name, shape in expected.items():
+        if name not in names:
+            raise ValueError(f"{file}: {name} is missing, the base model makes it {shape}")
+        if found[names[name]] != shape:
+            raise ValueError(
+                f"{file}: {name} is {found[names[name]]}, the base model makes it {shape} (with r {rank} of "
+                f"{ADAPTER_CONFIG})"
+            )
+
+
+def check_stored_base(folder: Path, find: Callable[[str], Tensor]):
+    """
+    Raise ValueError if base weights that PEFT has stored beside an adapter (lm_head, embeddings) are not those of the
+    base. find: name -> the base's own weight.
+    """
+    for name, peft_name in adapter_names(folder).items():
+        if ".lora_" in name:
+            continue
+        stored = read_tensor(folder / ADAPTER_WEIGHTS, peft_name)
+        if not is_same_weight(find(name).cpu(), stored):
+            raise ValueError(
+                f"{folder / ADAPTER_WEIGHTS}: {peft_name} differs from the base model's: the adapter was trained on "
+                f"another one, or trained this weight, too; set base_model_name_or_path to that base"
+            )
+
+
+def is_same_weight(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors are equal, or where their dtypes differ, equal but for rounding to bfloat16."""
+    if a.dtype == b.dtype:
+        return torch.equal(a, b)
+    return torch.allclose(a.float(), b.float(), rtol=2**-7, atol=2**-24)
 
 
 # -----------------------------------------------------------------------------
@@ -272,6 +555,20 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in layout.items()}
 
 
+def read_shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of all tensors of a checkpoint. files: name -> file."""
+    shapes = {}
+    for path in sorted(set(files.values())):
+        shapes.update(read_header(path))
+    return shapes
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Map one tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
 def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
     """
     Return where the data of a safetensors file begins, and name -> {dtype, shape, data_offsets} (bytes from there).
@@ -283,6 +580,11 @@ def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
             raise ValueError(f"{path}: cut off or no safetensors file, {size:,} bytes; download it again")
+        if length > MOST_HEADER_BYTES:
+            raise ValueError(
+                f"{path}: no safetensors file, its header would have {length:,} bytes, {MOST_HEADER_BYTES:,} is the "
+                f"most; download it again"
+            )
         text = file.read(length)
 
     try:
@@ -292,10 +594,15 @@ def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
             entry["shape"]  # a KeyError here means that it is some other JSON
         ends = [entry["data_offsets"][1] for entry in header.values()]
         expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ValueError(f"{path}: no safetensors file, its header cannot be read; download it again") from None
     if size != expected:
         raise ValueError(f"{path}: {size:,} bytes where {expected:,} are expected; download it again")
+    try:
+        with safe_open(path, framework="pt"):  # it checks each dtype, shape and place
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no safetensors file ({error}); download it again") from None
     return 8 + length, header
 
 
@@ -305,3 +612,26 @@ def refuse_pointer(path: Path):
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
+
+
+# -----------------------------------------------------------------------------
+# Files of torch.save
+
+
+def open_pt(path: str | Path, mmap: bool = True) -> dict:
+    """
+    Return the content of a file of torch.save. mmap: leave the tensors on the disk until their values are used.
+    Raises ValueError if the file is not whole, or holds more than tensors.
+    """
+    refuse_pointer(Path(path))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UnpicklingError as error:
+        asks_for = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"asks for {asks_for[1]}" if asks_for else "cannot be read"
+        raise ValueError(
+            f"{path}: refused, its pickle {reason}; a checkpoint holds tensors only. None of its code was run"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
+        reason = (str(error) or type(error).__name__).split(". ")[0].splitlines()[0]
+        raise ValueError(f"{path}: cut off, or no zip file of torch.save ({reason}); copy it again") from None

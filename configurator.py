@@ -4,8 +4,9 @@ Settings of a script: a dataclass holds the defaults, a Python file overrides th
     python train.py --config bridge.py --lr 1e-4 --image_aug False
     python train.py --config bridge.py --help       # all options, with the values that hold
 
-A config file is plain Python, found in configs/ or as given. Each public name that it assigns must be a field of the
-dataclass; imported modules, classes and functions do not count. Unknown names and wrong types end the program.
+A config file is plain Python: the file as given, or else the one of configs/. It assigns fields of the dataclass, at
+least one; imported modules, classes and functions do not count, nor does a _private name. Unknown names, wrong types
+and what is no assignment (`lr: 0.1`) end the program. A text that begins with ~ begins with the home folder.
 
 The dataclass is also the text of --help, by its comments:
 
@@ -20,10 +21,12 @@ import dataclasses
 import difflib
 import inspect
 import io
+import os
 import runpy
 import sys
 import textwrap
 import tokenize
+import traceback
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -32,12 +35,40 @@ CONFIGS = Path(__file__).parent / "configs"
 
 HOW_TO_GIVE_OPTIONS = """
 Options are given as --name value; --name alone turns a True/False option on. Below, each stands with the value that
-holds if you do not give it. --config FILE.py sets options by a Python file, which is looked for in configs/ and then as
-given; the command line has the last word.
+holds if you do not give it. --config FILE.py sets options by a Python file, which is looked for as given and then in
+configs/; the command line has the last word.
 """
 HELP_WIDTH = 100  # columns
 MAX_COMMENT_COLUMN = 38  # comments of longer options start on the next line
 MAX_VALUE_WIDTH = 60  # of a list or dict; longer ones are cut
+
+# Options of the official scripts (openvla, openvla-oft) -> what they are called here, the first that a script has
+OFFICIAL_NAMES = {
+    "vla_path": ("base_checkpoint", "checkpoint"),
+    "openvla_path": ("checkpoint",),
+    "pretrained_checkpoint": ("checkpoint", "base_checkpoint"),
+    "dataset_name": ("data_mix",),
+    "run_root_dir": ("run_dir",),
+    "learning_rate": ("lr",),
+    "grad_accumulation_steps": ("micro_batch_size",),
+    "max_grad_norm": ("grad_clip",),
+    "num_steps_before_decay": ("decay_step",),
+    "lr_warmup_steps": ("warmup_steps",),
+    "save_steps": ("save_every",),
+    "save_freq": ("save_every",),
+    "save_interval": ("save_every",),
+    "val_freq": ("val_every",),
+    "use_quantization": ("quantize_base",),
+    "use_l1_regression": ("head",),
+    "use_diffusion": ("head",),
+    "use_film": ("film",),
+    "num_images_in_input": ("views",),
+    "wandb_project": ("wandb",),
+    "task_suite_name": ("task_suite",),
+    "num_trials_per_task": ("trials",),
+    "num_open_loop_steps": ("open_loop",),
+    "local_log_dir": ("out",),
+}
 
 
 def fail(message) -> NoReturn:
@@ -78,7 +109,7 @@ def configure(cls: type, argv: list[str] | None = None):
         if name != "config":
             hint = hint_of(name, hints, "command line")
             settings[name] = parse_texts(texts, hint, name)
-    return cls(**settings)
+    return cls(**{name: expand_home(value) for name, value in settings.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -116,18 +147,54 @@ def split_options(words: list[str], hints: dict) -> tuple[list[tuple[str, list[s
 
 
 def read_config_file(name: str) -> dict:
-    """Return what a config file assigns. It is looked for in the folder configs/ beside this file, then as given."""
-    path = CONFIGS / name
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        known = sorted(config.name for config in CONFIGS.glob("*.py"))
-        fail(f"--config {name}: no such file here or in configs/, which has {', '.join(known)}")
+    """Return what a config file assigns. Ends the program if it is none, fails, or assigns nothing."""
+    path = find_config_file(name)
+    check_assignments(path)
     try:
         assigned = runpy.run_path(str(path))
     except (ValueError, OSError) as error:  # of a dataset that it opens
         fail(f"--config {name}: {error}")
-    return {key: value for key, value in assigned.items() if is_setting(key, value)}
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place = f", line {lines[-1]}" if lines else ""
+        fail(f"--config {path}{place}: {type(error).__name__}: {error}")
+
+    settings = {key: value for key, value in assigned.items() if is_setting(key, value)}
+    if not settings:
+        fail(f"--config {path}: assigns no option; write lines such as lr = 1e-4")
+    return settings
+
+
+def find_config_file(name: str) -> Path:
+    """Return the file as given, or else the one of that name in configs/. Says which, if there are both."""
+    if not name:
+        fail("--config needs a file, such as --config bridge.py")
+    given = Path(name).expanduser()
+    shipped = CONFIGS / name
+    is_shipped = shipped.is_file() and "/" not in name and os.sep not in name
+    if given.is_file():
+        if is_shipped and not shipped.samefile(given):
+            print(f"--config {name}: the file {given.absolute()} is taken, not {shipped}", file=sys.stderr)
+        return given
+    if is_shipped:
+        return shipped
+    known = sorted(config.name for config in CONFIGS.glob("*.py"))
+    fail(f"--config {name}: no such file here or in configs/, which has {', '.join(known)}")
+
+
+def check_assignments(path: Path):
+    """End the program if a config file is no Python (YAML, for example), or has `lr: 0.1` where lr = 0.1 is meant."""
+    if path.suffix in (".yaml", ".yml", ".json", ".toml"):
+        fail(f"--config {path}: a config file is Python, lines such as lr = 1e-4; this is a {path.suffix} file")
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        fail(f"--config {path}: is no Python ({error}); a config file has lines such as lr = 1e-4")
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            name = ast.unparse(node.target)
+            value = ast.unparse(node.annotation)
+            fail(f"--config {path}, line {node.lineno}: `{name}: {value}` assigns nothing; write {name} = {value}")
 
 
 def is_setting(name: str, value) -> bool:
@@ -146,14 +213,29 @@ def hint_of(name: str, hints: dict, source: str):
     if name in hints:
         return hints[name]
     similar = difflib.get_close_matches(name, hints, n=1)
-    advice = f", did you mean {similar[0]!r}?" if similar else "; --help lists them"
+    ours = official_name(name, hints)
+    if ours:
+        advice = f": here it is --{ours}"
+    elif similar:
+        advice = f", did you mean {similar[0]!r}?"
+    else:
+        advice = "; --help lists them"
     fail(f"{source}: unknown option {name!r}{advice}")
+
+
+def official_name(name: str, hints: dict) -> str:
+    """Return which field of this script an option of the official scripts is, also --vla.NAME; "" if none."""
+    last_part = name.rpartition(".")[2]
+    names = (last_part, *OFFICIAL_NAMES.get(last_part, ()))
+    return next((candidate for candidate in names if candidate in hints), "")
 
 
 def parse_texts(texts: list[str], hint, name: str):
     """Return what follows an option on the command line as a value of the field's type."""
+    if not texts and bool in allowed_types(hint):
+        texts = ["True"]
     if not texts:
-        texts = ["True" if hint is bool else ""]
+        fail(f'--{name} needs a value; is a variable of the shell empty? Nothing is --{name} ""')
     if get_origin(hint) is tuple:
         element = get_args(hint)[0]
         return tuple(parse(text, element, name) for text in texts)
@@ -182,6 +264,15 @@ def check(value, hint, name: str):
     if Any in allowed or type(value) in allowed:
         return value
     fail(f"{name} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def expand_home(value):
+    """Return a value with ~ at the beginning of a text, or of texts of a tuple, as the home folder."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
+    if isinstance(value, tuple):
+        return tuple(expand_home(element) for element in value)
+    return value
 
 
 def allowed_types(hint) -> list:

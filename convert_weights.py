@@ -39,12 +39,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     STATISTICS,
     Checkpoint,
+    adapted_layers,
+    adapter_names,
+    base_of,
+    check_adapter,
     is_oft,
     open_checkpoint,
-    read_header,
+    read_adapter_config,
     weight_files,
 )
 from configurator import fail
@@ -69,6 +72,7 @@ from formats.prismatic_run import (
 from image import ImageProcessor
 from lora import merge as merge_lora
 from model import INDEX, SHARD_BYTES, OpenVLAConfig, is_unused, split_into_shards, weight_map
+from policy import dataset_stats
 from progress import no_progress, show_progress
 from speed.quantize import layers_to_quantize, quantize
 from tokenizer import BOS, EOS, PAD, Tokenizer, prompt_for
@@ -533,6 +537,7 @@ def describe_model(folder: Path) -> Description:
     """Describe a model in Hugging Face layout. Raises ValueError or OSError if it is not whole."""
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
+    dtype = str(checkpoint.stored_dtype).removeprefix("torch.")
     tensors = open_safetensors(weight_files(folder))
     strategy = checkpoint.processor.strategy
     tokenizer_files = checkpoint.tokenizer.files()
@@ -542,7 +547,7 @@ def describe_model(folder: Path) -> Description:
         *describe_actions(checkpoint.norm_stats),
         f"images: {strategy}; prompt: {prompt_for(config.extra)!r}",
         "complete: every tensor is as config.json says, tokenizer and image processor are here",
-        "loads in this code: yes",
+        f"loads in this code: yes, on the CPU in {dtype}",
     ]
     problems = [f"config.json has no {key}" for key in BASE_VLM_KEYS if key not in config.extra]
     problems += [f"{name} is missing" for name in tokenizer_files if not (folder / name).exists()]
@@ -570,23 +575,23 @@ def describe_run(folder: Path) -> Description:
 
 
 def describe_adapter(folder: Path) -> Description:
-    """Describe a LoRA adapter. Raises ValueError or OSError if it is not whole."""
-    config = read_json(folder / ADAPTER_CONFIG)
-    shapes = read_header(folder / ADAPTER_WEIGHTS)
-    rank = config.get("r")
-    layers_with_A = {name.replace(".lora_A.", ".") for name in shapes if ".lora_A." in name}
-    layers_with_B = {name.replace(".lora_B.", ".") for name in shapes if ".lora_B." in name}
-    not_paired = layers_with_A ^ layers_with_B
-    of_other_rank = {name for name, shape in shapes.items() if ".lora_A." in name and shape[0] != rank}
-    wrong = not_paired or of_other_rank
-    if wrong:
-        raise ValueError(f"{min(wrong)} needs a lora_A and a lora_B of rank {rank}, as {ADAPTER_CONFIG} says")
-
+    """Describe a LoRA adapter. Raises ValueError or OSError if it is not whole, or does not fit its base."""
+    check_adapter(folder)
+    config = read_adapter_config(folder)
+    layers = adapted_layers(adapter_names(folder))
     lines = [
-        f"rank {rank}, alpha {config.get('lora_alpha')}, on {config.get('base_model_name_or_path')}",
-        f"complete: {len(layers_with_A)} layers, each with lora_A and lora_B of that rank",
-        "loads in this code: on its base checkpoint, or after `merge-lora`",
+        f"rank {config['r']}, alpha {config['lora_alpha']}, on {config.get('base_model_name_or_path')}",
+        f"complete: {len(layers)} layers, each with lora_A and lora_B of that rank",
     ]
+    try:
+        base_of(folder)
+    except FileNotFoundError as error:
+        lines.append(f"loads in this code: with its base checkpoint, but {error}")
+        return Description(lines)
+
+    checkpoint = open_checkpoint(folder)
+    lines += describe_actions(checkpoint.norm_stats)
+    lines.append(f"loads in this code: yes, with {checkpoint.base}, or after `merge-lora`")
     return Description(lines)
 
 
@@ -599,10 +604,10 @@ def describe_tensors(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def describe_actions(norm_stats: dict) -> list[str]:
-    """Return a line for each dataset: its robot, and the range of its actions."""
+    """Return a line for each dataset: its robot, and the range of its actions. Raises ValueError for a broken one."""
     lines = []
-    for dataset, entry in norm_stats.items():
-        action = entry["action"]
+    for dataset in norm_stats:
+        action = dataset_stats(norm_stats, dataset, STATISTICS)["action"]
         pairs = zip(action["q01"], action["q99"], strict=True)
         ranges = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in pairs)
         lines.append(f"actions of {dataset} ({robot_of(dataset)}): {ranges}")

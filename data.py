@@ -235,13 +235,16 @@ class Mixture(Dataset):
         seed: int = 0,
         image_aug: bool = False,
         action_chunk: int = 1,
+        max_tokens: int | None = None,
     ):
+        """max_tokens: what the model's context has room for besides the images; None: no limit."""
         self.datasets = [dataset for dataset, _ in parts]
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.seed = seed
         self.image_aug = image_aug
         self.action_chunk = action_chunk
+        self.max_tokens = max_tokens
 
         weights = np.array([weight for _, weight in parts], float)
         self.sizes = np.array([len(dataset) for dataset in self.datasets])
@@ -319,6 +322,11 @@ class Mixture(Dataset):
 
         # Words and actions: to token ids.
         input_ids, labels = self.tokenizer.encode_example(frame["instruction"], actions)
+        if self.max_tokens is not None and len(input_ids) > self.max_tokens:
+            raise ValueError(
+                f"{dataset.name}: frame {i}: instruction and action are {len(input_ids)} tokens, the model's context "
+                f"has room for {self.max_tokens} beside the images; shorten the instruction or leave the episode out"
+            )
         return {
             "images": np.stack(images),
             "input_ids": input_ids,

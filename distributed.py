@@ -26,8 +26,10 @@ from configurator import fail
 def start_processes() -> tuple[int, int, str]:
     """
     Join the other processes, if torchrun started this one. Returns this process's number, how many there are, and the
-    device that it trains on.
+    device that it trains on. Raises ValueError if the environment is none that torchrun makes.
     """
+    if not dist.is_initialized():
+        check_environment()
     has_cuda = torch.cuda.is_available()
     device = "cpu"
     if has_cuda:
@@ -36,6 +38,30 @@ def start_processes() -> tuple[int, int, str]:
     if is_torchrun() and not dist.is_initialized():
         dist.init_process_group("nccl" if has_cuda else "gloo")
     return rank(), world_size(), device
+
+
+def check_environment():
+    """Raise ValueError if Slurm or something else started many processes that do not know of each other."""
+    if not is_torchrun():
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+        if tasks not in ("", "1"):
+            raise ValueError(
+                f"Slurm has {tasks} tasks, each of which would train alone: start one task per node (srun "
+                f"--ntasks-per-node 1) that runs `torchrun --nproc-per-node GPUS ...`; for one process: --ntasks 1, or "
+                f"`unset SLURM_NTASKS`"
+            )
+        return
+
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"RANK is set, but not {', '.join(missing)}: start the script with `torchrun --nproc-per-node GPUS ...`, "
+            f"which sets them all; for one process: `unset RANK`"
+        )
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus and int(local_rank) >= num_gpus:
+        raise ValueError(f"process {local_rank} of this node has no GPU: torchrun --nproc-per-node {num_gpus}")
 
 
 def is_torchrun() -> bool:

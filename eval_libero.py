@@ -28,7 +28,7 @@ import numpy as np
 from checkpoint import Checkpoint, open_checkpoint
 from configurator import configure, fail
 from files import atomic_write
-from image import CROPPED
+from image import CROPPED, JPEG
 from libero_sim.jobs import parse_tasks, recorded_episodes, stored_trials, unfinished
 from libero_sim.report import open_run, read_rows, report, save_grid, warn
 from libero_sim.simulator import CAMERAS, SETTLE, SUITES, set_up_libero, versions
@@ -88,6 +88,8 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
         # A checkpoint of the official code has no such record. This is what its LIBERO models were trained on.
         processor.trained_on = CROPPED
         warn(f"{cfg.checkpoint} has no record of its preprocessing: taking the official one, {processor.trained_on}")
+    if JPEG not in processor.trained_on:  # as the images of LIBERO's training sets were stored
+        processor.trained_on = (JPEG, *processor.trained_on)
     if cfg.center_crop is False and uses_center_crop(policy):
         warn("this policy was trained on random crops: without the centre crop it sees everything too small")
 

@@ -10,9 +10,12 @@ a file beside the target, is flushed to the disk, and takes the target's name in
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+MAX_TEXT = 50 * 10**6  # bytes of a JSON file. Ours are far smaller; in memory one can become 25 times as large.
 
 
 @contextmanager
@@ -47,10 +50,56 @@ def write_json(path: str | Path, content):
         temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+# -----------------------------------------------------------------------------
+# Read files that may be broken: each error names the file
+
+
 def read_json(path: str | Path):
-    """Return the content of a JSON file. Raises FileNotFoundError, or ValueError that names the file."""
-    text = Path(path).read_text(encoding="utf-8")
+    """Return the content of a JSON file. Raises OSError, or ValueError that names the file."""
+    return parse_json(read_text(path), path)
+
+
+def read_json_object(path: str | Path) -> dict:
+    """Return the content of a JSON file that holds an object, {...}. Raises as `read_json`."""
+    return expect_object(read_json(path), path)
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    """Return the objects of a .jsonl file, one from each line that is not blank. Raises as `read_json`."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            rows.append(expect_object(parse_json(line, place), place))
+    return rows
+
+
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file. Raises OSError, or ValueError if it is too large or not UTF-8."""
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path}: expected a file, found a device or a pipe")
+    if status.st_size > MAX_TEXT:
+        raise ValueError(f"{path}: {status.st_size:,} bytes, such a file has at most {MAX_TEXT:,}; copy it again")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); copy it again") from None
+
+
+def parse_json(text: str, place: str | Path):
+    """Return what a JSON text says. Raises ValueError that names `place`."""
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); copy it again") from None
+        raise ValueError(f"{place}: not a JSON file ({error}); copy it again") from None
+    except RecursionError:
+        raise ValueError(f"{place}: not a JSON file of ours (nested too deep); copy it again") from None
+
+
+def expect_object(content, place: str | Path) -> dict:
+    """Return `content` if it is a dict. Raises ValueError that names `place`."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}: expected a JSON object {{...}}, found {str(content)[:80]!r}; copy it again")
+    return content

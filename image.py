@@ -16,7 +16,6 @@ done on planes, (3, H, W) float32.
 """
 
 import io
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,13 +23,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-CROP_SIDE = 0.9**0.5  # side of a crop, as a share of the image's: it keeps 90 % of the area, not of the side
+from files import read_json_object
 
-# The two values of `ImageProcessor.trained_on`: what the images of a training run went through.
+# Side of a crop, as a share of the image's: it keeps 90 % of the area, not of the side.
+CROP_SIDE = np.sqrt(np.float32(0.9))
+
+# Values of `ImageProcessor.trained_on`: the steps that the images of a training run went through.
 WHOLE = ("lanczos3",)  # without augmentation: whole images, resized
 CROPPED = ("lanczos3", "center_crop")  # with augmentation: random crops, so the policy is shown the central one
+JPEG = "jpeg"  # a step before these: the images were stored as JPEGs
+
+# What an image file may be. PIL knows more formats, and starts other programs for some of them (PostScript).
+FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA")
+MAX_PIXELS = 64 * 1024**2  # larger images are refused before they are decoded: they would take gigabytes
 
 
 # -----------------------------------------------------------------------------
@@ -43,10 +50,10 @@ def to_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     grey expanded, 16 bits scaled to 8.
 
     image: a path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or uint16.
-    Raises FileNotFoundError, or ValueError for an unreadable file and for another shape or dtype.
+    Raises FileNotFoundError, or ValueError for an unreadable file, a huge image, and another shape or dtype.
     """
     if isinstance(image, str | Path):
-        image = open_image(image)
+        return read_image(image)
     if isinstance(image, Image.Image):
         image = pil_to_array(image)
     check_array(image)
@@ -65,20 +72,22 @@ def to_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     return image
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file. Raises FileNotFoundError or ValueError."""
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file -> (H, W, 3) uint8. Raises FileNotFoundError or ValueError, with the path."""
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
-    return image
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable image; it must be one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # PIL raises all kinds for broken files
+        raise ValueError(f"{path}: not a readable image ({error!s:.200})") from None
 
 
 def pil_to_array(image: Image.Image) -> np.ndarray:
     """Return (H, W, 3) uint8, (H, W, 4) uint8 if some of it is transparent, or (H, W) uint16."""
+    check_size(image.width, image.height)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("an image of floating-point numbers: save it as 8 or 16 bits")
@@ -86,6 +95,14 @@ def pil_to_array(image: Image.Image) -> np.ndarray:
         return np.asarray(image).clip(0, 65535).astype(np.uint16)
     is_transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return np.asarray(image.convert("RGBA" if is_transparent else "RGB"))
+
+
+def check_size(width: int, height: int):
+    """Raise ValueError if an image has too many pixels to be decoded."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels, at most {MAX_PIXELS / 1e6:.0f} million are decoded; make it smaller"
+        )
 
 
 def check_array(image):
@@ -135,7 +152,7 @@ class ImageProcessor:
     means: tuple = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
     stds: tuple = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
     fill: tuple = (127, 127, 127)  # colour of letterbox padding
-    trained_on: tuple = ()  # WHOLE, CROPPED, or () if nobody has recorded it; a key of our own
+    trained_on: tuple = ()  # WHOLE, CROPPED, JPEG before them, or () if nobody has recorded it; a key of our own
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageProcessor":
@@ -144,7 +161,7 @@ class ImageProcessor:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; copy it from the model this one was trained from")
         try:
-            hf = json.loads(path.read_text(encoding="utf-8"))
+            hf = read_json_object(path)
             encoders = hf["tvf_normalize_params"]
             processor = cls(
                 size=hf["input_sizes"][0][1],
@@ -250,10 +267,12 @@ def resize_lanczos3(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:
-    """Return the middle 90 % of the area at the old size: what a model trained on random crops must be shown."""
-    margin = (1 - CROP_SIDE) / 2
-    x = planar(image) / np.float32(255)
-    return from_unit(crop(x, margin, margin))
+    """
+    Return the middle 90 % of the area at the old size: what a model trained on random crops must be shown. The result
+    is TensorFlow's to the bit.
+    """
+    margin = (np.float32(1) - CROP_SIDE) / np.float32(2)
+    return from_unit(crop(to_unit(image), margin, margin))
 
 
 def crop(x: np.ndarray, top: float, left: float) -> np.ndarray:
@@ -261,13 +280,39 @@ def crop(x: np.ndarray, top: float, left: float) -> np.ndarray:
     Cut a box of side CROP_SIDE out of (3, H, W) and resize it to (3, H, W), as tf.image.crop_and_resize does.
     top, left: corner of the box, as fractions of height and width.
     """
-    _, height, width = x.shape
-    return resample(x, bilinear_bands(height, top), bilinear_bands(width, left))
+    _, H, W = x.shape
+    above, below, row_share = crop_axis(H, np.float32(top))
+    before, after, column_share = crop_axis(W, np.float32(left))
+
+    # First along each row, then from row to row. Rounding differs in the other order.
+    start = x.take(before, axis=2)
+    x = start + (x.take(after, axis=2) - start) * column_share  # (3, H, W)
+    start = x.take(above, axis=1)
+    return start + (x.take(below, axis=1) - start) * row_share[:, None]
+
+
+def crop_axis(n: int, offset: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Return for each of n output pixels the input pixels before and after it, and its share of the way between them. All
+    in float32, in TensorFlow's order of operations.
+    """
+    last = np.float32(n - 1)
+    scale = (offset + CROP_SIDE - offset) * last / max(last, np.float32(1))
+    position = offset * last + np.arange(n, dtype=np.float32) * scale
+    position = position.clip(0, last)
+    before = np.floor(position)
+    after = np.ceil(position)
+    return before.astype(int), after.astype(int), position - before
 
 
 def planar(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (3, H, W) float32, in [0, 255]."""
     return image.transpose(2, 0, 1).astype(np.float32)
+
+
+def to_unit(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1], as tf.image.convert_image_dtype multiplies."""
+    return planar(image) * np.float32(1 / 255)
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -334,14 +379,21 @@ def lanczos3_bands(n_in: int, n_out: int) -> list[Band]:
     # How far each input pixel is from each output pixel, in widths of the kernel.
     centers = (np.arange(n_out, dtype=f32) + f32(0.5)) * inv_scale  # (n_out,), on the input's axis
     positions = np.arange(n_in, dtype=f32) + f32(0.5)  # (n_in,)
-    distance = np.abs(positions[None, :] - centers[:, None]) / width  # (n_out, n_in)
+    distance = np.abs(positions[None, :] - centers[:, None]) * (f32(1) / width)  # (n_out, n_in)
 
     # sinc(t) * sinc(t / 3) for |t| <= 3, else 0.
-    angle = f32(np.pi) * np.maximum(distance, f32(1e-3))  # not 0: it is divided by
-    kernel = f32(3) * np.sin(angle) * np.sin(angle / f32(3)) / angle**2
+    pi = f32(np.pi)
+    t = np.maximum(distance, f32(1e-3))  # not 0: it is divided by
+    kernel = f32(3) * exact_sin(pi * t) * exact_sin(pi * t / f32(3)) / (pi * pi * t * t)
     kernel = np.where(distance <= 3, kernel, f32(0))
     kernel = np.where(distance <= 1e-3, f32(1), kernel)
-    return to_bands(kernel / kernel.sum(axis=1, keepdims=True))
+    total = kernel.cumsum(axis=1)[:, -1:]  # added up in order, as TensorFlow does; numpy's sum adds pairs
+    return to_bands(kernel * (f32(1) / total))
+
+
+def exact_sin(x: np.ndarray) -> np.ndarray:
+    """Return the sine, rounded once to float32. numpy's own for float32 may be off in the last bit."""
+    return np.sin(x.astype(np.float64)).astype(np.float32)
 
 
 def to_bands(weights: np.ndarray) -> list[Band]:
@@ -357,29 +409,6 @@ def to_bands(weights: np.ndarray) -> list[Band]:
     return bands
 
 
-def bilinear_bands(n: int, offset: float) -> list[Band]:
-    """
-    Return the weights of one axis of a crop. Output i lies at offset * (n - 1) + CROP_SIDE * i on the input's axis, and
-    is interpolated between the two inputs beside it.
-    """
-    outputs = np.arange(n)
-    position = (offset * (n - 1) + CROP_SIDE * outputs).clip(0, n - 1)
-    lower = np.minimum(position.astype(int), n - 2)  # the input before it
-    fraction = position - lower
-
-    weights = np.zeros((n, n), np.float32)
-    weights[outputs, lower] = 1 - fraction
-    weights[outputs, lower + 1] = fraction
-
-    bands = []
-    for start in range(0, n, OUTPUTS_PER_BAND):
-        end = min(start + OUTPUTS_PER_BAND, n)
-        first_input = lower[start]
-        last_input = lower[end - 1] + 1
-        bands.append(Band(start, first_input, weights[start:end, first_input : last_input + 1]))
-    return bands
-
-
 # -----------------------------------------------------------------------------
 # Training images: reading, writing, augmenting
 
@@ -387,24 +416,40 @@ def bilinear_bands(n: int, offset: float) -> list[Band]:
 def decode(data: bytes) -> np.ndarray:
     """
     Return an encoded image as (H, W, 3) uint8, with the pixels of tf.io.decode_image. JPEGs go through libjpeg-turbo's
-    fast integer DCT; PIL's slower one differs in half of the values. Raises ValueError if the bytes are no whole image.
+    fast integer DCT; PIL's slower one differs in half of the values. EXIF rotation is applied, as `to_rgb` does.
+    Raises ValueError if the bytes are no whole image, or a huge one.
     """
     if data.startswith(b"\xff\xd8"):
         return decode_jpeg(data)
     try:
-        return to_rgb(Image.open(io.BytesIO(data)))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{len(data)} bytes that are no image ({error})") from None
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return to_rgb(image)
+    except Exception as error:  # PIL raises all kinds for broken files
+        raise ValueError(f"{len(data)} bytes that are no image ({error!s:.200})") from None
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
     """Return a JPEG as (H, W, 3) uint8. Raises ValueError if it is broken."""
-    import simplejpeg  # imported late: only training data and the evaluation need it
+    import simplejpeg  # imported late: only training data and policies whose images were JPEGs need it
 
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
-    except ValueError as error:
-        raise ValueError(f"a JPEG of {len(data)} bytes that will not decode ({error})") from None
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        check_size(width, height)
+        image = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
+        if b"Exif" in data[:1000]:
+            image = turn_upright(image, data)
+    except Exception as error:  # PIL raises all kinds for broken EXIF
+        raise ValueError(f"a JPEG of {len(data)} bytes that will not decode ({error!s:.200})") from None
+    return image
+
+
+def turn_upright(image: np.ndarray, data: bytes) -> np.ndarray:
+    """Turn an image (H, W, 3) uint8 as the EXIF entry of the JPEG that it came from says."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as jpeg:
+        orientation = jpeg.getexif().get(ExifTags.Base.Orientation, 1)
+    pil = Image.fromarray(image)
+    pil.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(pil))
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
@@ -425,8 +470,7 @@ def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     hue = rng.uniform(-0.05, 0.05)
     contrast, saturation = rng.uniform(0.8, 1.2, size=2)
 
-    x = planar(image) / np.float32(255)
-    x = crop(x, top, left).clip(0, 1)
+    x = crop(to_unit(image), top, left).clip(0, 1)
     x = jitter(x, brightness, contrast, saturation, hue)
     return from_unit(x)
 

@@ -33,7 +33,6 @@ github.com/huggingface/peft, 0.11.1.
 Axes: r rank, in and out channels of a layer, k width of a convolution's kernel.
 """
 
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
@@ -51,9 +50,15 @@ from checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     EXPORT_RECORD,
+    PEFT_PREFIX,
+    adapted_layers,
+    adapter_names,
     base_of,
+    check_adapter_fits,
+    check_stored_base,
     fingerprint,
     open_checkpoint,
+    read_adapter_config,
     read_layout,
 )
 from files import atomic_write, read_json, write_json
@@ -240,20 +245,6 @@ def unmerge_lora(model: OpenVLA):
 # -----------------------------------------------------------------------------
 # An adapter's files, as PEFT keeps them
 
-PEFT_PREFIX = "base_model.model."  # before each of our names
-
-# What adapter_config.json must say, if it says anything of it. PEFT knows more kinds of adapters.
-PLAIN_LORA = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "alpha_pattern": {},
-    "rank_pattern": {},
-}
-
 
 def save_adapter(
     model: OpenVLA,
@@ -315,36 +306,21 @@ def target_modules(adapter_names: Iterable[str], targets: tuple[str, ...]) -> li
     return rf"({parts})\.(.*\.)?({'|'.join(last_names)})"
 
 
-def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """
-    Return the config, the adapters' weights by name, and the base weights that PEFT has stored beside them.
-    Raises ValueError or FileNotFoundError, naming the file, for what is not plain LoRA.
+    Return the config, and the adapters' weights by our names. Raises ValueError or FileNotFoundError, naming the file,
+    for what is not plain LoRA.
     """
-    config_file = Path(folder) / ADAPTER_CONFIG
-    weights_file = Path(folder) / ADAPTER_WEIGHTS
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing; an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
-
-    config = read_json(config_file)
-    for key, expected in PLAIN_LORA.items():
-        value = config.get(key, expected)
-        is_off = not value and not expected  # None, False and {} all say that it is not used
-        if value != expected and not is_off:
-            raise ValueError(f"{config_file}: {key} is {value!r}; only plain LoRA is read here, {expected!r}")
-
-    adapters = {}
-    base_weights = {}
-    for peft_name, tensor in load_file(weights_file).items():
-        name = peft_name.removeprefix(PEFT_PREFIX)
-        is_known = re.search(r"\.(lora_[AB]|base_layer)\.weight$", name)
-        if not peft_name.startswith(PEFT_PREFIX) or not is_known:
-            raise ValueError(f"{weights_file}: {peft_name} is no tensor of a LoRA adapter of PEFT")
-        if ".lora_" in name:
-            adapters[name] = tensor
-        else:
-            base_weights[name] = tensor
-    return config, adapters, base_weights
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder / ADAPTER_CONFIG}: missing; an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+        )
+    config = read_adapter_config(folder)
+    names = adapter_names(folder)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    adapters = {name: tensors[peft_name] for name, peft_name in names.items() if ".lora_" in name}
+    return config, adapters
 
 
 def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
@@ -352,16 +328,15 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
     Put a PEFT adapter onto its base model, in place, in float32. Returns the model. Raises ValueError if a tensor does
     not fit, or if the file holds base weights that are not this model's.
     """
-    config, adapters, base_weights = read_adapter(folder)
+    folder = Path(folder)
+    config, adapters = read_adapter(folder)
     warn_other_base(folder)
-    file = Path(folder) / ADAPTER_WEIGHTS
     tensors = {**model.state_dict(), **model.unused}
-    modules = sorted({name.rsplit(".", 2)[0] for name in adapters})  # "... .q_proj.lora_A.weight" -> "... .q_proj"
-    for name in modules:
-        check_adapter_fits(file, name, adapters, tensors, config["r"])
-    check_same_base_weights(file, base_weights, tensors)
+    check_adapter_fits(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    check_stored_base(folder, tensors.get)
 
     # Wrap the layers.
+    modules = adapted_layers(adapters)
     has_adapter = {target: any(name.startswith(f"{part}.") for name in modules) for target, part in PARTS.items()}
     targets = tuple(target for target in PARTS if has_adapter[target])
     model.lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
@@ -374,30 +349,6 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
         else:
             model.get_parameter(name).data.copy_(tensor)
     return model
-
-
-def check_adapter_fits(file: Path, module: str, adapters: dict[str, Tensor], tensors: dict[str, Tensor], rank: int):
-    """Raise ValueError unless there are an A and a B of this rank for a module of the base model."""
-    if f"{module}.weight" not in tensors:
-        raise ValueError(f"{file}: adapter for {module}, which the base model does not have")
-
-    out_channels, *in_shape = tensors[f"{module}.weight"].shape
-    kernel_of_B = [1] * (len(in_shape) - 1)
-    shapes = {"lora_A": (rank, *in_shape), "lora_B": (out_channels, rank, *kernel_of_B)}
-    for key, shape in shapes.items():
-        tensor = adapters.get(f"{module}.{key}.weight")
-        if tensor is None:
-            raise ValueError(f"{file}: {module}.{key} is missing, the base model makes it {shape}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{file}: {module}.{key} is {tuple(tensor.shape)}, the base model makes it {shape}")
-
-
-def check_same_base_weights(file: Path, base_weights: dict[str, Tensor], tensors: dict[str, Tensor]):
-    """Raise ValueError if base weights that are stored beside an adapter are not those of the model."""
-    for name, stored in base_weights.items():
-        own = tensors[name.replace(".base_layer", "")]
-        if not torch.equal(own.cpu(), stored.to(own.dtype)):
-            raise ValueError(f"{file}: {name} differs from the base model's: the adapter was trained on another one")
 
 
 def warn_other_base(run: str | Path):
@@ -424,8 +375,10 @@ def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder, or remove it")
-    checkpoint = open_checkpoint(run)  # checks the base, too
-    config, adapters, _ = read_adapter(run)
+    checkpoint = open_checkpoint(run)  # checks all that loading checks, also of the base
+    if not checkpoint.base:
+        raise ValueError(f"{run}: nothing to merge, it has no {ADAPTER_CONFIG}; give the folder of a LoRA run")
+    config, adapters = read_adapter(run)
     warn_other_base(run)
     weight_files = sorted(set(checkpoint.weight_map.values()))
     check_room(out, weight_files)

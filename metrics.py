@@ -11,6 +11,7 @@ Axes: B batch, K actions of a chunk, A action dimensions, n trained positions.
 
 import importlib
 import json
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -220,9 +221,11 @@ class Log:
         self.wandb = None
         self.tensorboard = None
         if wandb:
-            self.wandb = import_or_say("wandb", "wandb").init(project=wandb, name=run.name, config=config)
+            self.wandb = start_wandb(run, step, project=wandb, config=config)
         if tensorboard:
-            self.tensorboard = import_or_say("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run))
+            # What an earlier run of this folder wrote beyond `step` is no longer shown.
+            writer = import_or_say("torch.utils.tensorboard", "tensorboard").SummaryWriter
+            self.tensorboard = writer(str(run), purge_step=step + 1)
 
     def keep_lines_until(self, step: int):
         """Remove the lines of later steps from metrics.jsonl, and one that a kill has cut off."""
@@ -254,6 +257,28 @@ class Log:
             self.wandb.finish()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def start_wandb(run: Path, step: int, project: str, config: dict):
+    """
+    Return a run of W&B: a new one, or the one that this folder's wandb.txt names if it is resumed. Raises ValueError if
+    W&B refuses.
+    """
+    wandb = import_or_say("wandb", "wandb")
+    id_file = run / "wandb.txt"
+    is_resumed = step > 0 and id_file.is_file()
+    run_id = id_file.read_text().strip() if is_resumed else secrets.token_hex(4)
+    try:
+        started = wandb.init(
+            project=project, name=run.name, config=config, id=run_id, resume="allow", allow_val_change=True
+        )
+    except Exception as error:  # no login, no network, no such project
+        raise ValueError(
+            f"--wandb {project}: {error}; run `wandb login`, set WANDB_MODE=offline, or leave the option out"
+        ) from None
+    with atomic_write(id_file) as temporary:
+        temporary.write_text(run_id)
+    return started
 
 
 def format_line(metrics: dict) -> str:

@@ -35,12 +35,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from files import atomic_write, read_json, write_json
+from files import atomic_write, read_json_object, write_json
 from progress import no_progress
 
 SHARD_BYTES = 5 * 10**9  # the most that one weight file holds
 INDEX = "model.safetensors.index.json"
 PAD_TOKEN_ID = 32000  # the one token that OpenVLA adds to Llama's 32,000
+NUM_ACTION_BINS = 256  # tokenizer.py has its own, NUM_BINS
 
 
 # -----------------------------------------------------------------------------
@@ -92,6 +93,78 @@ class LlamaConfig:
     rope_theta: float = 10000.0
 
 
+# Size in config.json -> the least and the most that it may be. What is beyond is a mistake, and is not even built.
+SIZE_LIMITS = {
+    "embed_dim": (1, 10**5),
+    "depth": (2, 500),
+    "num_heads": (1, 1000),
+    "patch_size": (1, 1000),
+    "img_size": (1, 10**4),
+    "mlp_dim": (1, 10**6),
+    "reg_tokens": (0, 1000),
+    "vocab_size": (PAD_TOKEN_ID, 10**6),  # actions are the last of Llama's own tokens
+    "hidden_size": (1, 10**5),
+    "intermediate_size": (1, 10**6),
+    "num_hidden_layers": (1, 500),
+    "num_attention_heads": (1, 1000),
+    "num_key_value_heads": (1, 1000),
+    "max_position_embeddings": (1, 10**7),
+}
+
+
+def check_sizes(config: ViTConfig | LlamaConfig):
+    """Raise ValueError for a size that is no whole number, or is beyond SIZE_LIMITS."""
+    for name, value in asdict(config).items():
+        if name not in SIZE_LIMITS or value is None:
+            continue
+        least, most = SIZE_LIMITS[name]
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}, it must be a whole number from {least:,} to {most:,}")
+
+
+def read_text_config(text: dict) -> LlamaConfig:
+    """Return what text_config says. Raises ValueError for a language model that is not in this file."""
+    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    for key, value in expected.items():
+        if text.get(key) not in (None, value):
+            raise ValueError(f"text_config.{key} is {text[key]!r}; this Llama has {value!r} only")
+    known = {f.name: text[f.name] for f in fields(LlamaConfig) if f.name in text}
+    config = LlamaConfig(**{**known, **read_rope_theta(text)})
+    check_sizes(config)
+
+    heads = config.num_attention_heads
+    head_dim = config.hidden_size / heads
+    if text.get("head_dim") not in (None, head_dim) or head_dim % 2 != 0:
+        raise ValueError(f"text_config: hidden_size {config.hidden_size} does not make {heads} heads of an even width")
+    if heads % (config.num_key_value_heads or heads) != 0:
+        raise ValueError(f"text_config: {config.num_key_value_heads} key/value heads do not divide {heads} heads")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = getattr(config, key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"text_config.{key} is {value!r}, it must be a number above 0")
+    return config
+
+
+def read_rope_theta(text: dict) -> dict:
+    """
+    Return {"rope_theta": ...} if text_config has it, at its own place or in rope_parameters, where transformers 5
+    writes it. Raises ValueError if the rotary embedding is scaled, which is not in this file.
+    """
+    thetas = [text["rope_theta"]] if "rope_theta" in text else []
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = text.get(key) or {}
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        is_per_layer = any(isinstance(value, dict) for value in rope.values())
+        if kind != "default" or is_per_layer or rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"text_config.{key} is {rope}; this Llama has the plain rotary embedding only (default)")
+        if "rope_theta" in rope:
+            thetas.append(rope["rope_theta"])
+
+    if len(set(thetas)) > 1:
+        raise ValueError(f"text_config: rope_theta is {thetas[0]} and in rope_parameters {thetas[1]}; remove one")
+    return {"rope_theta": thetas[0]} if thetas else {}
+
+
 @dataclass
 class OpenVLAConfig:
     """The whole config.json. The defaults are openvla-7b."""
@@ -112,10 +185,13 @@ class OpenVLAConfig:
     @classmethod
     def from_dict(cls, hf: dict) -> "OpenVLAConfig":
         """Read the content of a config.json. Raises ValueError for an architecture that is not in this file."""
-        text = hf.get("text_config", {})
-        if text.get("rope_scaling") or text.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: this Llama has no rope_scaling and only silu, text_config is {text}")
-        known_text = {f.name: text[f.name] for f in fields(LlamaConfig) if f.name in text}
+        text = read_text_config(hf.get("text_config", {}))
+        num_bins = hf.get("n_action_bins", NUM_ACTION_BINS)
+        if num_bins != NUM_ACTION_BINS:
+            raise ValueError(
+                f"config.json: n_action_bins is {num_bins!r}; this code turns tokens into actions by "
+                f"{NUM_ACTION_BINS} bins only"
+            )
 
         names = hf.get("timm_model_ids", [])
         if "vision_configs" in hf:  # our own key, for vision encoders that are not the released ones
@@ -125,9 +201,17 @@ class OpenVLAConfig:
             vision = [replace(VISION_ENCODERS[name], img_size=size) for name, size in pairs]
         else:
             raise ValueError(f"config.json: timm_model_ids is {names}, this code knows {list(VISION_ENCODERS)}")
+        if len(vision) not in (1, 2):
+            raise ValueError(f"config.json: {len(vision)} vision encoders; this model has one or two")
+        for vit in vision:
+            check_sizes(vit)
+            if vit.embed_dim % vit.num_heads != 0:
+                raise ValueError(f"config.json: {vit.num_heads} heads do not divide embed_dim {vit.embed_dim}")
 
-        extra = {key: value for key, value in hf.items() if key not in ("text_config", "vision_configs")}
-        return cls(vision, LlamaConfig(**known_text), extra)
+        extra = {key: value for key, value in hf.items() if key not in ("text_config", "vision_configs", "dtype")}
+        if hf.get("dtype"):  # as transformers 5 calls it
+            extra.setdefault("torch_dtype", hf["dtype"])
+        return cls(vision, text, extra)
 
     def to_dict(self) -> dict:
         """Return the content of a config.json that this code and the official classes read."""
@@ -150,7 +234,7 @@ class OpenVLAConfig:
             "architectures": ["OpenVLAForActionPrediction"],
             **vision,
             "pad_token_id": PAD_TOKEN_ID,
-            "n_action_bins": 256,
+            "n_action_bins": NUM_ACTION_BINS,
             "llm_backbone_id": "llama2-7b-pure",
             "image_sizes": [vit.img_size for vit in self.vision],
             **self.extra,
@@ -445,6 +529,13 @@ class LlamaBlock(nn.Module):
         return x
 
 
+class TokenEmbedding(nn.Embedding):
+    """A row for each token. <PAD> takes the last row where it has none (base models): nobody looks at padding."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids.clamp(max=self.num_embeddings - 1))
+
+
 class Llama(nn.Module):
     """Llama-2, from embeddings to hidden states; `lm_head` turns these into logits."""
 
@@ -452,7 +543,7 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.recompute = False  # see OpenVLA.recompute_blocks
-        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(cfg.vocab_size, cfg.hidden_size)})
+        self.model = nn.ModuleDict({"embed_tokens": TokenEmbedding(cfg.vocab_size, cfg.hidden_size)})
         self.model.layers = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.num_hidden_layers))
         self.model.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
@@ -739,18 +830,35 @@ def is_unused(name: str, cfg: OpenVLAConfig) -> bool:
 
 def read_config(folder: Path) -> dict:
     """Read config.json. Fine-tuned models keep their norm_stats in dataset_statistics.json, which are added."""
-    hf = read_json(folder / "config.json")
+    hf = read_json_object(folder / "config.json")
     norm_stats = hf.get("norm_stats") or {}
+    if not isinstance(norm_stats, dict):
+        raise ValueError(f"norm_stats is {norm_stats!r:.60}, it must name datasets and their statistics")
     if (folder / "dataset_statistics.json").is_file():
-        norm_stats = {**norm_stats, **read_json(folder / "dataset_statistics.json")}
+        norm_stats = {**norm_stats, **read_json_object(folder / "dataset_statistics.json")}
     return {**hf, "norm_stats": norm_stats}
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> safetensors file, from the index or, without one, from model.safetensors."""
-    if (folder / INDEX).is_file():
-        files = read_json(folder / INDEX)["weight_map"]
-        return {name: folder / file for name, file in files.items()}
+    """
+    Return tensor name -> safetensors file, from the index or, without one, from model.safetensors. Raises ValueError
+    if the index is none, names a file outside the folder, or does not say which of two sets of weights is meant.
+    """
+    index = folder / INDEX
     single = folder / "model.safetensors"
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    if not index.is_file():
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+
+    files = read_json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) and file for file in files.values()):
+        raise ValueError(f"{index}: not an index of weight files, it has no weight_map of names; download it again")
+    for file in set(files.values()):
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(f"{index}: it points to {file}, outside the folder; download it again")
+    if single.is_file() and single.name not in files.values():
+        raise ValueError(
+            f"{folder}: it holds two sets of weights, model.safetensors and those that {INDEX} names, and they may "
+            f"differ (transformers reads model.safetensors); remove the one that is not meant"
+        )
+    return {name: folder / file for name, file in files.items()}

@@ -41,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import OFT_RECORD, Checkpoint, open_checkpoint
+from checkpoint import OFT_RECORD, Checkpoint, open_checkpoint, open_pt
 from files import atomic_write, read_json, write_json
 from lora import default_alpha, load_adapter, lora_update
 from model import OpenVLA, is_unused
@@ -500,14 +500,16 @@ def needed_components(cfg: OFTConfig) -> dict[str, bool]:
 def read_component(folder: Path, name: str) -> dict[str, Tensor] | None:
     """
     Return the tensors of NAME--STEP_checkpoint.pt, without the prefix of PyTorch's DDP, or None if there is no such
-    file. Raises ValueError if there are several.
+    file. Raises ValueError if there are several, or if it cannot be read.
     """
     files = sorted(folder.glob(f"{name}--*checkpoint.pt"))
     if len(files) > 1:
         raise ValueError(f"{folder}: several {name} files, {', '.join(file.name for file in files)}; keep one")
     if not files:
         return None
-    tensors = torch.load(files[0], map_location="cpu", weights_only=True)
+    tensors = open_pt(files[0], mmap=False)
+    if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+        raise ValueError(f"{files[0]}: no component of an OFT policy, it must hold tensors by name; copy it again")
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
 
 
@@ -515,13 +517,17 @@ def read_component(folder: Path, name: str) -> dict[str, Tensor] | None:
 
 
 def read_record(folder: Path) -> OFTConfig:
-    """Read oft_config.json. Raises ValueError for an official folder without it, and says what would stand there."""
+    """
+    Read oft_config.json. Raises ValueError for an official folder without it, and says what would stand there. (An
+    official discrete policy without state has nothing but its weights: without this file it is taken for a token
+    model, which generates its actions one by one.)
+    """
     file = folder / OFT_RECORD
     if not file.is_file():
         raise ValueError(
             f"{folder}: an official OFT folder does not say how long its chunks are (8 LIBERO, 25 ALOHA, 5 Bridge) nor "
-            f"how many images it takes. Write them to {file}; by its other files that may be "
-            f"{json.dumps(asdict(guess_config(folder)))}"
+            f"how many images it takes, and a discrete one looks like a token model. Write {file}; by its other files "
+            f"that may be {json.dumps(asdict(guess_config(folder)))}"
         )
 
     record = read_json(file)

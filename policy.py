@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from checkpoint import Checkpoint, check_export, open_checkpoint
-from image import ImageProcessor, center_crop, resize_lanczos3, to_rgb
+from image import JPEG, ImageProcessor, center_crop, decode, encode_jpeg, resize_lanczos3, to_rgb
 from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
-from normalize import SCHEME, normalize, unnormalize
+from normalize import SCHEME, SCHEMES, normalize, unnormalize
 from oft import OFT, load_oft
 from progress import no_progress
 from speed.engine import Engine
@@ -158,11 +158,24 @@ def uses_center_crop(policy: Policy, crop: bool | None = None) -> bool:
     return crop
 
 
+def uses_jpeg(policy: Policy) -> bool:
+    """True if the policy is shown what JPEG leaves of an image. The official OFT policies are, wherever they act."""
+    return policy.is_oft or JPEG in policy.processor.trained_on
+
+
 def prepare_image(policy: Policy, image, crop: bool | None = None) -> np.ndarray:
-    """Anything `to_rgb` takes -> (size, size, 3) uint8, by the steps that this model's training images went through."""
+    """
+    Anything `to_rgb` takes -> (size, size, 3) uint8, by the steps that this model's training images went through.
+    An image of that size already counts as resized, and does not go through JPEG (prepare_images_for_vla in
+    experiments/robot/openvla_utils.py of github.com/moojink/openvla-oft).
+    """
     image = to_rgb(image)
+    size = policy.processor.size
+    is_resized = image.shape[:2] == (size, size)
+    if uses_jpeg(policy) and not is_resized:
+        image = decode(encode_jpeg(image))
     if "lanczos3" in policy.processor.trained_on:
-        image = resize_lanczos3(image, policy.processor.size)
+        image = resize_lanczos3(image, size)
     image = policy.processor.resize(image)
     if uses_center_crop(policy, crop):
         image = center_crop(image)
@@ -288,11 +301,14 @@ def predict_chunk(
 
     stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
     scheme = policy.model.oft.scheme
+    where = f"{policy.checkpoint}: statistics of {unnorm_key or next(iter(policy.norm_stats))!r}"
+    check_statistics(stats, "action", where, scheme)
     views = [prepare_images(policy, view, crop) for view in zip(*images, strict=True)]
     pixel_values = torch.cat(views, dim=1)  # (B, V * 6, size, size)
 
     proprio = None
     if policy.state_dim and states is not None:
+        check_statistics(stats, "proprio", where, scheme)
         expected = len(stats["proprio"]["q01"])
         found = np.shape(states)[-1]
         if found != expected:
@@ -316,6 +332,11 @@ def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     keys = sorted(norm_stats)
     if not keys:
         raise ValueError(f"{checkpoint}: no action statistics; put the dataset_statistics.json beside the weights")
+    if isinstance(norm_stats.get("action"), dict) and "q01" in norm_stats["action"]:
+        raise ValueError(
+            f"{checkpoint}: the statistics do not name their dataset; in dataset_statistics.json (or norm_stats of "
+            f'config.json) put them one level deeper, {{"my_dataset": {{"action": ...}}}}'
+        )
     if not unnorm_key and len(keys) == 1:
         unnorm_key = keys[0]
     if unnorm_key not in keys:
@@ -323,15 +344,61 @@ def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
         raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
 
     entry = norm_stats[unnorm_key]
-    action = entry.get("action", {})
-    low = np.asarray(action.get("q01", np.nan), np.float64)
-    high = np.asarray(action.get("q99", np.nan), np.float64)
-    if low.shape != high.shape or low.ndim != 1 or not np.isfinite([low, high]).all():
-        raise ValueError(
-            f"{checkpoint}: statistics of {unnorm_key!r}, action: q01 and q99 must be finite numbers, as many as "
-            f"dimensions; fix dataset_statistics.json or config.json"
-        )
+    check_statistics(entry, "action", f"{checkpoint}: statistics of {unnorm_key!r}")
     return entry
+
+
+def check_statistics(entry: dict, part: str, where: str, scheme: str = ""):
+    """
+    Raise ValueError unless the statistics of a dataset can turn numbers in [-1, 1] into the robot's units, and back.
+    part: action or proprio. where: the start of the message, checkpoint and dataset. scheme: "": as `entry` says.
+    """
+    remedy = "fix dataset_statistics.json or config.json"
+    if not isinstance(entry, dict):
+        raise ValueError(f'{where}: {entry!r:.60} where {{"action": ...}} is expected; {remedy}')
+    scheme = scheme or entry.get("scheme", SCHEME)
+    if scheme not in list(SCHEMES):
+        raise ValueError(f"{where}: scheme is {scheme!r}, known are {', '.join(SCHEMES)}; {remedy}")
+    stats = entry.get(part)
+    if not isinstance(stats, dict):
+        raise ValueError(f"{where}: {part} is missing; {remedy}")
+
+    # The ends of the range, which become -1 and +1.
+    for low_key, high_key in dict.fromkeys([SCHEMES[SCHEME], SCHEMES[scheme]]):
+        low = finite_numbers(stats.get(low_key))
+        high = finite_numbers(stats.get(high_key))
+        if low is None or high is None or len(low) != len(high):
+            raise ValueError(
+                f"{where}, {part}: {low_key} and {high_key} must be finite numbers, as many as dimensions; {remedy}"
+            )
+        exchanged = np.flatnonzero(low > high)
+        if len(exchanged) > 0:
+            i = exchanged[0]
+            raise ValueError(
+                f"{where}, {part}: {low_key} is above {high_key} in dimension {i} ({low[i]:.3g} and {high[i]:.3g}), "
+                f"which would mirror the movement; {remedy}"
+            )
+
+    num_dims = len(stats["q01"])
+    for key in ("min", "max"):
+        if key in stats and np.shape(stats[key]) != (num_dims,):
+            raise ValueError(f"{where}, {part}: {key} must be {num_dims} numbers, as q01; {remedy}")
+    mask = stats.get("mask", [True] * num_dims)
+    is_list = isinstance(mask, list | tuple | np.ndarray)
+    if not is_list or len(mask) != num_dims or any(flag not in (True, False) for flag in mask):
+        raise ValueError(
+            f"{where}, {part}: mask is {mask!r:.60}, it must be {num_dims} times true (normalised) or false; {remedy}"
+        )
+
+
+def finite_numbers(values) -> np.ndarray | None:
+    """Return a list of finite numbers as an array (A,), or None if it is something else."""
+    try:
+        numbers = np.asarray(values, np.float64)
+    except (ValueError, TypeError):
+        return None
+    is_good = numbers.ndim == 1 and len(numbers) > 0 and np.isfinite(numbers).all()
+    return numbers if is_good else None
 
 
 def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:

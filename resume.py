@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from checkpoint import EXPORT_RECORD
 from distributed import barrier, is_main_process
-from files import read_json, write_json
+from files import read_json_object, write_json
 from formats.dataset import HOLD_OUT
 from model import INDEX
 
@@ -156,7 +156,8 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
         with no_single_process_warning():
             dcp.load(state, storage_reader=reader, planner=DataOnlyPlanner())
     except CheckpointException as error:
-        causes = {str(cause).splitlines()[0] for cause, _ in error.failures.values()}
+        messages = [str(cause) or type(cause).__name__ for cause, _ in error.failures.values()]
+        causes = {message.splitlines()[0] for message in messages}
         raise ValueError(
             f"{folder}: cannot be resumed from, {'; '.join(sorted(causes))}. Nothing of it was run. Give another "
             f"--resume folder, or --resume never to start anew"
@@ -168,7 +169,20 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
         optim_state_dict=state["optimizer"],
         options=TRAINED_ONLY,
     )
-    return read_json(folder / "train.json")["step"]
+    return read_train_record(folder)["step"]
+
+
+def read_train_record(folder: Path) -> dict:
+    """Read the train.json of a step folder. Raises ValueError if it is none."""
+    record = read_json_object(folder / "train.json")
+    kinds = {"step": int, "config": dict, "statistics": dict}
+    for key, kind in kinds.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(
+                f"{folder / 'train.json'}: {key} is {record.get(key)!r:.80}, expected a {kind.__name__}; give another "
+                f"--resume folder, or --resume never to start anew"
+            )
+    return record
 
 
 @contextmanager
@@ -291,7 +305,7 @@ def check_same_run(folder: Path, cfg, statistics: dict):
     Raise ValueError if this run is not the one that wrote the step folder: other data, or another option of
     FIXED_ON_RESUME. Print what else has changed.
     """
-    before = read_json(folder / "train.json")
+    before = read_train_record(folder)
     if without_scheme(before["statistics"]) != without_scheme(statistics):
         raise ValueError(
             f"{folder}: trained with statistics of {sorted(before['statistics'])} that are not those of the data now, "
@@ -317,15 +331,23 @@ def check_same_run(folder: Path, cfg, statistics: dict):
 
 
 def check_same_base(folder: Path, base_checkpoint: str, base: str):
-    """Raise ValueError if the frozen weights are not those that the step folder was trained with."""
-    before = read_json(folder / "train.json")
-    if before["config"]["base_checkpoint"] != base_checkpoint:
+    """
+    Raise ValueError if the frozen weights are not those that the step folder was trained with. The folder of the base
+    may have another name than then. base: the fingerprint of its weights now.
+    """
+    before = read_train_record(folder)
+    folder_before = before["config"]["base_checkpoint"]
+    recorded = before.get("base")
+    if recorded and recorded != base:
         raise ValueError(
-            f"{folder}: its frozen parts are in {before['config']['base_checkpoint']}, not in {base_checkpoint}; give "
-            f"that --base_checkpoint"
+            f"{folder}: its frozen parts are not the weights that {base_checkpoint} holds now (the run began with "
+            f"{folder_before}); give the same --base_checkpoint, or another --run_dir"
         )
-    if before.get("base", base) != base:
-        raise ValueError(f"{folder}: its frozen parts are not the weights that {base_checkpoint} holds now")
+    is_same_folder = Path(folder_before).resolve() == Path(base_checkpoint).resolve()
+    if not recorded and not is_same_folder:  # older runs recorded the folder only
+        raise ValueError(
+            f"{folder}: its frozen parts are in {folder_before}, not in {base_checkpoint}; give that --base_checkpoint"
+        )
 
 
 def without_scheme(statistics: dict) -> dict:

@@ -35,6 +35,7 @@ from policy import (
     predict_chunk,
 )
 from progress import show_progress
+from tokenizer import check_instruction
 
 NO_CHECKPOINT = (
     "no checkpoint. The released weights are on Hugging Face: `git lfs install`, then\n"
@@ -101,8 +102,9 @@ def main(cfg: Config):
 
 
 def check_instructions(checkpoint: Checkpoint, instructions: list[str], num_tokens: int):
-    """Raise ValueError if an instruction does not fit into the model's context."""
+    """Raise ValueError if an instruction is empty, or does not fit into the model's context."""
     for text in instructions:
+        check_instruction(text)
         check_length(checkpoint.config, checkpoint.tokenizer.encode_prompt(text), num_tokens)
 
 

@@ -147,6 +147,21 @@ class Tokenizer:
         }
 
 
+def check_instruction(instruction: str):
+    """
+    Raise ValueError if a robot cannot be told to do this: no text, a blank one, or half a character in it. For those
+    who ask a policy; datasets may have frames without an instruction.
+    """
+    if not isinstance(instruction, str):
+        raise ValueError(f"the instruction must be a text, got {instruction!r:.80}")
+    if not instruction.replace("<image>", "").strip():
+        raise ValueError(
+            f"the instruction {instruction!r:.80} is blank; say what to do, as in 'put the spoon on the towel'"
+        )
+    if re.search("[\ud800-\udfff]", instruction):
+        raise ValueError(f"the instruction {instruction!r:.80} has half a character in it (a lone surrogate)")
+
+
 def to_json(content: dict) -> bytes:
     """Return the content of a JSON file."""
     return json.dumps(content, indent=2).encode()

@@ -40,7 +40,7 @@ from distributed import (
     total,
     world_size,
 )
-from files import atomic_write, read_json, write_json
+from files import atomic_write, write_json
 from formats import oxe
 from formats.dataset import HOLD_OUT, RobotDataset
 from image import CROPPED, WHOLE, ImageProcessor
@@ -59,6 +59,7 @@ from resume import (
     load_checkpoint,
     lock_run,
     printable,
+    read_train_record,
     remove_leftovers,
     save_checkpoint,
     unlock_run,
@@ -234,6 +235,12 @@ def prepare_batch(batch: dict, trainee: Trainee, device: str) -> dict:
     return {**batch, "pixel_values": torch.cat(views, dim=1).to(dtype)}
 
 
+def room_for_text(vla: OpenVLA, cfg: Config) -> int:
+    """Return how many tokens of a sample are left for instruction and action: the context, less images and a state."""
+    images_and_state = len(cfg.views) * vla.cfg.num_patches + 1
+    return vla.cfg.text.max_position_embeddings - images_and_state
+
+
 def check_finite(loss: torch.Tensor, step: int, cfg: Config):
     """Raise ValueError if the mean loss of all processes is not finite, and say which samples made it so."""
     if torch.isfinite(loss):
@@ -309,6 +316,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         seed=cfg.seed,
         image_aug=cfg.image_aug,
         action_chunk=cfg.action_chunk,
+        max_tokens=room_for_text(trainee.vla, cfg),
     )
     positions = Positions(cfg.batch_size, cfg.micro_batch_size, process, world, step)
     batches = iter(make_loader(mixture, positions, cfg.num_workers, pin_memory=has_cuda))
@@ -320,7 +328,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         print_start(datasets, num_trained, num_parameters, step)
     window = Window(len(datasets), device)
     if resumed:
-        window.restore(read_json(resumed / "train.json").get("window"))
+        window.restore(read_train_record(resumed).get("window"))
     metrics = {}
 
     while step < cfg.max_steps and not signals_received:
@@ -398,7 +406,13 @@ def validate(trainee: Trainee, val_data: list, cfg: Config, device: str) -> dict
     """Return loss and action metrics on the first samples of the shuffled validation split, always the same ones."""
     positions = Positions(cfg.micro_batch_size * world_size(), cfg.micro_batch_size, rank(), world_size())
     mixture = Mixture(
-        val_data, trainee.tokenizer, trainee.processor.size, cfg.seed, image_aug=False, action_chunk=cfg.action_chunk
+        val_data,
+        trainee.tokenizer,
+        trainee.processor.size,
+        cfg.seed,
+        image_aug=False,
+        action_chunk=cfg.action_chunk,
+        max_tokens=room_for_text(trainee.vla, cfg),
     )
     window = Window(len(val_data), device)
     trainee.model.eval()

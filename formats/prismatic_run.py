@@ -15,19 +15,17 @@ runs into Hugging Face layout, and back.
 """
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint import STATISTICS, read_header, refuse_pointer
-from files import read_json
+from checkpoint import STATISTICS, open_pt, read_header
+from files import read_json_object
 from model import VISION_ENCODERS, LlamaConfig, OpenVLA, OpenVLAConfig, ViTConfig, is_unused
 from tokenizer import PAD
 
@@ -105,22 +103,6 @@ def open_safetensors(files: Iterable[str | Path]) -> dict[str, Tensor]:
         for name in file.keys():
             tensors[name] = file.get_tensor(name)
     return tensors
-
-
-def open_pt(path: str | Path) -> dict:
-    """Map the content of a file of torch.save. Raises ValueError if it is not whole, or holds more than tensors."""
-    refuse_pointer(Path(path))
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        asks_for = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"asks for {asks_for[1]}" if asks_for else "cannot be read"
-        raise ValueError(
-            f"{path}: refused, its pickle {reason}; a checkpoint holds tensors only. None of its code was run"
-        ) from None
-    except RuntimeError as error:
-        reason = str(error).split(". ")[0]
-        raise ValueError(f"{path}: cut off, or no zip file of torch.save ({reason}); copy it again") from None
 
 
 def open_run(path: Path, vision: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -208,14 +190,19 @@ def find_run(path: Path) -> TrainingRun:
         expected = weights.absolute().relative_to(folder.absolute())
         raise FileNotFoundError(f"{folder}: no training run, it needs config.json and {expected}")
 
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
+    for key in ("vla", "model", "text_config"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(
+                f"{folder / 'config.json'}: {key} is {config[key]!r:.60}, in a training run it is {{...}}; copy it"
+            )
     is_base_vlm = "vla" not in config
     if is_base_vlm:
         return TrainingRun(weights, config, statistics={})
     statistics = folder / STATISTICS
     if not statistics.is_file():
         raise FileNotFoundError(f"{statistics}: missing, but needed to turn tokens into actions; copy it from the run")
-    return TrainingRun(weights, config, read_json(statistics))
+    return TrainingRun(weights, config, read_json_object(statistics))
 
 
 def infer_config(path: Path, tensors: dict[str, Tensor], run: dict) -> OpenVLAConfig:
@@ -241,7 +228,7 @@ def infer_config(path: Path, tensors: dict[str, Tensor], run: dict) -> OpenVLACo
         raise OptionNeeded(f"{path}: {error}") from None
     except KeyError as error:
         raise ValueError(f"{path}: it has no tensor {error}") from None
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         message = " ".join(str(error).split())  # in one line
         raise ValueError(f"{path}: {message[:500]}") from None
     return config

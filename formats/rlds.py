@@ -24,10 +24,13 @@ dimensions, P state dimensions.
 
 import hashlib
 import inspect
+import json
 import os
 import re
 import shutil
 import tempfile
+import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -37,7 +40,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from files import atomic_write, read_json, write_json
+from files import atomic_write, read_json_object, write_json
 from formats import oxe
 from formats.dataset import HOLD_OUT
 from normalize import compute_statistics, normalize
@@ -45,6 +48,9 @@ from progress import no_progress
 
 # The tables of an index, one file each for every split. `write_index` says what their columns are.
 TABLES = {"action": "<f4", "proprio": "<f4", "frames": "<i8", "episodes": "<i8"}
+
+MAX_RECORD = 1 << 30  # bytes of an episode; the largest of Open X-Embodiment have about a tenth of it
+DAY = 24 * 60 * 60  # seconds
 
 
 # -----------------------------------------------------------------------------
@@ -85,15 +91,26 @@ def has_checksum(data: bytes, checksum: bytes) -> bool:
     return masked_crc32c(data) == int.from_bytes(checksum, "little")
 
 
-def read_records(path: Path, on_bad: Callable[[str], None] | None = None) -> Iterator[tuple[int, bytes]]:
+def report(problem: str, on_bad: Callable[[str], None] | None):
+    """Call on_bad(problem). Raises ValueError if there is no such function."""
+    if on_bad is None:
+        raise ValueError(f"{problem}, or --skip_bad_records")
+    on_bad(problem)
+
+
+def read_records(
+    path: Path, on_bad: Callable[[str], None] | None = None, num_records: int | None = None
+) -> Iterator[tuple[int, bytes]]:
     """
     Yield (offset, content) of each record of a tfrecord file, whose parts are
 
         length of the content (8 bytes), checksum of the length (4), content, checksum of the content (4)
 
-    Raises ValueError for a broken record. With `on_bad` it calls on_bad(message) instead, and goes on with the next
-    record where that can be found.
+    Raises ValueError for a broken record, or if there are not `num_records` of them. With `on_bad` it calls
+    on_bad(message) instead, and goes on with the next record where that can be found.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file; get it again")
     size = path.stat().st_size
     offset = 0
     number = 0
@@ -107,6 +124,8 @@ def read_records(path: Path, on_bad: Callable[[str], None] | None = None) -> Ite
             if len(header) < 12 or not has_checksum(header[:8], header[8:]):
                 problem = "its length has a wrong checksum, so the rest of the file cannot be read"
                 end = size
+            elif length > MAX_RECORD:
+                problem = f"it has {length:,} bytes, an episode has at most {MAX_RECORD:,}"
             elif end > size:
                 problem = f"cut off, {size - offset:,} bytes of {end - offset:,}"
             else:
@@ -117,14 +136,65 @@ def read_records(path: Path, on_bad: Callable[[str], None] | None = None) -> Ite
             if not problem:
                 yield offset + 12, content
             else:
-                message = (
-                    f"{path}: record {number} at byte {offset}: {problem}; get the file again, or --skip_bad_records"
-                )
-                if on_bad is None:
-                    raise ValueError(message)
-                on_bad(message)
+                report(f"{path}: record {number} at byte {offset}: {problem}; get the file again", on_bad)
             offset = end
             number += 1
+
+    if num_records is not None and number != num_records:
+        report(f"{path}: {number} records, dataset_info.json says {num_records}; get the file again", on_bad)
+
+
+def read_splits(folder: Path) -> dict[str, list[int] | None]:
+    """
+    Return the splits of a dataset, and how many records each of their files has (None if dataset_info.json does not
+    say). Raises OSError or ValueError that names dataset_info.json.
+    """
+    path = folder / "dataset_info.json"
+    info = read_json_object(path)
+    splits = {}
+    try:
+        for entry in info["splits"]:
+            lengths = entry.get("shardLengths")
+            splits[str(entry["name"])] = None if lengths is None else [int(length) for length in lengths]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: its splits are not as expected ({describe(error)}); get it again") from None
+
+    for name in splits:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # it becomes part of names of files
+            raise ValueError(f"{path}: a split cannot be called {name!r}; get it again")
+    return splits
+
+
+def find_shards(
+    folder: Path, split: str, lengths: list[int] | None, on_bad: Callable[[str], None] | None
+) -> dict[Path, int | None]:
+    """
+    Return the files of a split, and how many records each has (None: not known). lengths: those of `read_splits`.
+    Raises ValueError for a file that is missing or too many; with `on_bad` it calls on_bad(message) instead.
+    """
+    files = sorted(folder.glob(f"*-{split}.tfrecord*"))
+    if lengths is None:
+        return dict.fromkeys(files)
+
+    # Files without a number are taken in the order of their names.
+    is_numbered = any("-of-" in path.name for path in files)
+    if not is_numbered and len(files) == len(lengths):
+        return dict(zip(files, lengths, strict=True))
+
+    endings = [f"-{i:05d}-of-{len(lengths):05d}" for i in range(len(lengths))]
+    missing = dict(zip(endings, lengths, strict=True))
+    shards = {}
+    for path in files:
+        ending = path.name.rpartition(".tfrecord")[2]
+        if ending in missing:
+            shards[path] = missing.pop(ending)
+        else:
+            report(f"{path}: none of the {len(lengths)} files that dataset_info.json lists; remove it", on_bad)
+    for ending, length in missing.items():
+        if length:
+            file = folder / f"*-{split}.tfrecord{ending}"
+            report(f"{file}: missing, dataset_info.json says it has {length} episodes; get it", on_bad)
+    return shards
 
 
 # -----------------------------------------------------------------------------
@@ -137,8 +207,11 @@ def read_trajectory(parser, record: bytes, row: oxe.Dataset, rng: np.random.Gene
     Raises ValueError for an episode without steps, or whose actions are not finite or not as many as the row says.
     """
     # Parse.
-    episode = parser.parse_example(record)
-    steps = dict(episode.pop("steps"))
+    try:
+        episode = parser.parse_example(record)
+        steps = dict(episode.pop("steps"))
+    except Exception as error:  # TensorFlow Datasets and protobuf raise what they like
+        raise ValueError(f"it does not fit features.json ({describe(error)})") from None
     T = count_steps(steps["action"])
     if T == 0:
         raise ValueError("an empty episode")
@@ -157,6 +230,11 @@ def read_trajectory(parser, record: bytes, row: oxe.Dataset, rng: np.random.Gene
     if not len(action):
         raise ValueError("no step is left of this episode after its standardise function")
     return {**trajectory, "action": action}
+
+
+def describe(error: Exception) -> str:
+    """Return the kind of an error and the beginning of its message, which can hold a whole record."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def count_steps(action: np.ndarray | dict) -> int:
@@ -229,7 +307,6 @@ def write_index(out: Path, folder: Path, name: str, row: oxe.Dataset, skip_bad_r
     out and listed; then it raises ValueError only if nothing is left.
     """
     parser = make_parser(folder)
-    info = read_json(folder / "dataset_info.json")
     rng = np.random.default_rng(zlib.crc32(name.encode()))  # DROID: which of its two cameras an episode shows
     bad_records = []
     on_bad = bad_records.append if skip_bad_records else None
@@ -237,9 +314,9 @@ def write_index(out: Path, folder: Path, name: str, row: oxe.Dataset, skip_bad_r
     splits = {}
     proprio_dim = 0
     with open(out / "text", "wb") as text:
-        for split in [entry["name"] for entry in info["splits"]]:
-            files = sorted(folder.glob(f"*-{split}.tfrecord*"))
-            shown_files = progress(files, f"indexing {name} {split}", "files")
+        for split, lengths in read_splits(folder).items():
+            files = find_shards(folder, split, lengths, on_bad)
+            shown_files = progress(files.items(), f"indexing {name} {split}", "files")
             episodes = read_episodes(shown_files, parser, row, rng, text, on_bad)
             num_episodes, num_frames, width = write_tables(out, split, episodes)
             proprio_dim = max(proprio_dim, width)
@@ -262,20 +339,44 @@ def write_index(out: Path, folder: Path, name: str, row: oxe.Dataset, skip_bad_r
         "bad_records": bad_records,
     }
     meta["statistics"] = index_statistics(out, meta, row)
-    write_json(out / "index.json", meta)
+    write_meta(out, meta)
 
 
 def make_parser(folder: Path):
-    """Return the parser for the records of a dataset: that of TFDS in numpy, which needs no TensorFlow."""
+    """
+    Return the parser for the records of a dataset: that of TFDS in numpy, which needs no TensorFlow. Raises OSError or
+    ValueError that names features.json.
+    """
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.example_parser import ExampleParserNp
 
-    features = tfds.features.FeaturesDict.from_config(str(folder))
-    return ExampleParserNp(features.get_serialized_info())
+    path = folder / "features.json"
+    check_classes(read_json_object(path), path)
+    try:
+        features = tfds.features.FeaturesDict.from_config(str(folder))
+        return ExampleParserNp(features.get_serialized_info())
+    except Exception as error:  # TensorFlow Datasets raises what it likes
+        raise ValueError(f"{path}: not understood ({describe(error)}); get it again") from None
+
+
+def check_classes(features: dict, path: Path):
+    """Raise ValueError if features.json names a class that is not one of TFDS, which would import any module."""
+    waiting = [features]
+    while waiting:
+        content = waiting.pop()
+        if isinstance(content, list):
+            waiting.extend(content)
+        if not isinstance(content, dict):
+            continue
+        waiting.extend(content.values())
+        for key in ("pythonClassName", "python_class_name", "type"):
+            name = content.get(key)
+            if isinstance(name, str) and not name.startswith("tensorflow_datasets.core.features."):
+                raise ValueError(f"{path}: feature class {name!r} is none of TensorFlow Datasets, it is not imported")
 
 
 def read_episodes(
-    files: Iterable[Path],
+    files: Iterable[tuple[Path, int | None]],
     parser,
     row: oxe.Dataset,
     rng: np.random.Generator,
@@ -284,20 +385,28 @@ def read_episodes(
 ) -> Iterator[tuple[int, IndexedEpisode]]:
     """
     Yield (number of the file, episode) for each record of these files. Raises ValueError for a record that cannot be
-    used; with `on_bad` it calls on_bad(message) instead, and goes on.
+    used; with `on_bad` it calls on_bad(message) instead, and goes on. files: those of `find_shards`.
     """
-    for number, path in enumerate(files):
-        for offset, record in read_records(path, on_bad):
+    for number, (path, num_records) in enumerate(files):
+        for offset, record in read_records(path, on_bad, num_records):
             try:
                 trajectory = read_trajectory(parser, record, row, rng)
                 episode = index_trajectory(trajectory, record, offset, row, text)
-            except (ValueError, KeyError) as error:
-                message = f"{path}: episode at byte {offset}: {error.args[0]}"
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                message = f"{path}: episode at byte {offset}: {explain(error)}"
                 if on_bad is None:
                     raise ValueError(message) from None
                 on_bad(message)
                 continue
             yield number, episode
+
+
+def explain(error: Exception) -> str:
+    """Return the message of a ValueError, which is made for people. For any other error also its kind and its line."""
+    if isinstance(error, ValueError):
+        return str(error)
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{describe(error)} (in {line.filename}, line {line.lineno})"
 
 
 def index_trajectory(trajectory: dict, record: bytes, offset: int, row: oxe.Dataset, text: BinaryIO) -> IndexedEpisode:
@@ -395,34 +504,57 @@ def open_index(
     folder: Path, name: str, row: oxe.Dataset, skip_bad_records: bool = False, progress: Callable = no_progress
 ) -> Path:
     """
-    Return the folder with the index of a dataset. `write_index` makes it if there is none for these very files. It lies
-    beside the data or, where that is read-only, in OPENVLA_CACHE (default: .cache/openvla in the home folder).
+    Return the folder with the index of a dataset. `write_index` makes it if there is none for these very files, or if
+    it is damaged. It lies beside the data or, where that cannot be written, in the cache folder.
     """
     key = f"{name}-{fingerprint(folder, row)}"
     beside_data = folder / ".index" / key
-    cache = os.environ.get("OPENVLA_CACHE") or Path.home() / ".cache" / "openvla"
-    in_cache = Path(cache) / key
+    in_cache = cache_folder() / key
     for place in (beside_data, in_cache):
-        if (place / "index.json").is_file():
+        remove_leftovers(place.parent)
+        if is_whole(place):
             return place
 
-    is_read_only = folder.stat().st_mode & 0o222 == 0  # root could write there, but should not
-    place = beside_data if os.access(folder, os.W_OK) and not is_read_only else in_cache
+    on_the_way = [path for path in (folder, beside_data.parent, beside_data) if path.exists()]
+    place = beside_data if all(can_write(path) for path in on_the_way) else in_cache
     place.parent.mkdir(parents=True, exist_ok=True)
 
-    # Written under another name first: an index that has its name is complete.
-    unfinished = Path(tempfile.mkdtemp(dir=place.parent))
+    # Written under another name first, so that it appears at once.
+    unfinished = Path(tempfile.mkdtemp(dir=place.parent, prefix="tmp"))
     try:
         write_index(unfinished, folder, name, row, skip_bad_records, progress)
         try:
-            unfinished.rename(place)
+            if not is_whole(place):
+                shutil.rmtree(place, ignore_errors=True)
+                unfinished.rename(place)
         except OSError:
-            made_by_another_process = (place / "index.json").is_file()
+            made_by_another_process = is_whole(place)
             if not made_by_another_process:
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return place
+
+
+def cache_folder() -> Path:
+    """Return OPENVLA_CACHE, or .cache/openvla in the home folder."""
+    return Path(os.environ.get("OPENVLA_CACHE") or Path.home() / ".cache" / "openvla")
+
+
+def can_write(folder: Path) -> bool:
+    """Return True if files can be made in a folder. Root can everywhere, but should not in one that is read-only."""
+    return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 != 0
+
+
+def remove_leftovers(folder: Path):
+    """Remove what killed runs left of their indices in `folder`, once nothing in it has changed for a day."""
+    for unfinished in folder.glob("tmp*"):
+        try:
+            newest = max(path.stat().st_mtime for path in (unfinished, *unfinished.iterdir()))
+        except OSError:  # its run has just completed it
+            continue
+        if time.time() - newest > DAY:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def fingerprint(folder: Path, row: oxe.Dataset) -> str:
@@ -491,6 +623,49 @@ def names_in(function: Callable) -> list[str]:
 # Read the index
 
 
+def write_meta(index: Path, meta: dict):
+    """Write index.json: `meta`, sizes and checksums of the files of the index, and a checksum of all this."""
+    tables = {}
+    for path in sorted(index.iterdir()):
+        is_table = path.suffix.removeprefix(".") in TABLES or path.name == "text"
+        if is_table:
+            tables[path.name] = [path.stat().st_size, checksum_of(path)]
+    content = {**meta, "tables": tables}
+    content.pop("checksum", None)
+    write_json(index / "index.json", {**content, "checksum": checksum_of_json(content)})
+
+
+def is_whole(index: Path) -> bool:
+    """Return True if there is an index in this folder, and its files are as they were written."""
+    try:
+        meta = read_json_object(index / "index.json")
+        if meta.pop("checksum") != checksum_of_json(meta):
+            return False
+        for name, (size, checksum) in meta["tables"].items():
+            path = index / name
+            if path.stat().st_size != size or checksum_of(path) != checksum:
+                return False
+        shards = [name for split in meta["splits"].values() for name in split["files"]]
+        return all(Path(name).name == name for name in shards)  # none leaves the folder of the data
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def checksum_of(path: Path) -> int:
+    """Return the crc32c of a file. It takes about a second for the index of ten million frames."""
+    import google_crc32c
+
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = google_crc32c.extend(crc, block)
+    return crc
+
+
+def checksum_of_json(content: dict) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
 def open_table(path: Path, dtype: str, width: int) -> np.ndarray:
     """Return a file of numbers as a memory-mapped (rows, width) array."""
     if path.stat().st_size == 0:  # an empty file cannot be mapped
@@ -509,6 +684,16 @@ def open_tables(index: Path, meta: dict, split: str) -> dict[str, np.ndarray]:
     return {kind: open_table(index / f"{split}.{kind}", dtype, widths[kind]) for kind, dtype in TABLES.items()}
 
 
+def read_usable(path: Path) -> np.ndarray | None:
+    """Return the memory-mapped numbers that `write_usable` wrote. None: they are missing or damaged."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size == 0 or size % 8:
+        return None
+    numbers = np.memmap(path, "<i8", "r")
+    frames = numbers[:-1]
+    return frames if zlib.crc32(frames) == numbers[-1] else None
+
+
 def choose_episodes(splits: dict, split: str, hold_out: float) -> tuple[str, int, int]:
     """
     Return the split of the files that a split is taken from, its first episode there, and the end of its episodes.
@@ -519,6 +704,8 @@ def choose_episodes(splits: dict, split: str, hold_out: float) -> tuple[str, int
     if split != "train" and has_frames(splits, split):
         return split, 0, splits[split]["episodes"]
 
+    if "train" not in splits:
+        raise ValueError(f"no split called 'train', dataset_info.json names {', '.join(splits)}")
     num_episodes = splits["train"]["episodes"]
     cut = num_episodes
     if not has_frames(splits, "val"):
@@ -569,7 +756,7 @@ class RLDS:
 
         # The index: made in the first run, found in later ones.
         self.index = open_index(self.folder, name, self.row, skip_bad_records, progress)
-        self.meta = read_json(self.index / "index.json")
+        self.meta = read_json_object(self.index / "index.json")
         self.bad_records = self.meta["bad_records"]
         if self.bad_records and not skip_bad_records:
             raise ValueError(
@@ -583,7 +770,11 @@ class RLDS:
         self.user_code = (self.row.standardize, self.row.keep_frames)
 
         # The frames of this split.
-        self.stored_split, self.first_episode, self.end_episode = choose_episodes(self.meta["splits"], split, hold_out)
+        try:
+            episodes = choose_episodes(self.meta["splits"], split, hold_out)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
+        self.stored_split, self.first_episode, self.end_episode = episodes
         self.opened = None
         self.length = len(self.open()["usable"])
         if self.length == 0 and split == "train":
@@ -611,24 +802,32 @@ class RLDS:
     # Which frames may start a sample
 
     def find_usable(self, tables: dict[str, np.ndarray]) -> np.ndarray:
-        """Return the numbers of the usable frames, memory-mapped. They are found once, and kept with the index."""
+        """
+        Return the numbers of the usable frames, memory-mapped. They are found once, and kept with the index, or in the
+        cache folder if the index belongs to somebody else.
+        """
         name = f"usable-{self.stored_split}-{self.first_episode}-{self.end_episode}-{self.action_chunk}"
         if self.row.keep_frames:
             name += f"-{zlib.crc32(source_of(self.row.keep_frames).encode()):x}"
-        path = self.index / name
-        if not path.is_file():
-            self.write_usable(path, tables)
-        return open_table(path, "<i8", width=1)[:, 0]
+        places = (self.index / name, cache_folder() / self.index.name / name)
+        for path in places:
+            usable = read_usable(path)
+            if usable is not None:
+                return usable
+
+        path = places[0] if can_write(self.index) else places[1]
+        self.write_usable(path, tables)
+        return read_usable(path)
 
     def write_usable(self, path: Path, tables: dict[str, np.ndarray]):
-        """Write the numbers of the usable frames. Raises PermissionError if the index belongs to somebody else."""
-        try:
-            with atomic_write(path) as temporary, open(temporary, "wb") as file:
-                for episode in range(self.first_episode, self.end_episode):
-                    frames = self.usable_frames(tables, episode)
-                    file.write(frames.astype("<i8").tobytes())
-        except PermissionError:
-            raise PermissionError(f"{path.parent} cannot be written; ask its owner, or copy the data") from None
+        """Write the numbers of the usable frames, and behind them their checksum as one more number."""
+        crc = 0
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            for episode in range(self.first_episode, self.end_episode):
+                frames = self.usable_frames(tables, episode).astype("<i8").tobytes()
+                crc = zlib.crc32(frames, crc)
+                file.write(frames)
+            file.write(np.array(crc, "<i8").tobytes())
 
     def usable_frames(self, tables: dict[str, np.ndarray], episode: int) -> np.ndarray:
         """Return the numbers of the usable frames of one episode."""
@@ -674,7 +873,8 @@ class RLDS:
         offset, length, crc = places[column : column + 3]
         file = int(tables["episodes"][places[0], 0])
 
-        image = os.pread(tables["files"][file], length, offset)
+        size = os.fstat(tables["files"][file]).st_size
+        image = os.pread(tables["files"][file], min(length, size), offset)
         if zlib.crc32(image) != crc:
             path = self.folder / self.meta["splits"][self.stored_split]["files"][file]
             raise ValueError(

@@ -10,9 +10,14 @@ is a recorded one. The numbers also name its files in the folder of the run:
 """
 
 import re
+import zipfile
 from pathlib import Path
 
+import numpy as np
+
 from libero_sim.simulator import initial_states, tasks
+
+MAX_BYTES = 1 << 28  # of the arrays of one episode; a real one has less than a megabyte
 
 
 def episode_file(run: Path, job: dict, suffix: str) -> Path:
@@ -41,6 +46,31 @@ def recorded_episodes(path: Path) -> list[dict]:
             raise ValueError(f"{file}: the name says which episode it is, it must be like task00_trial003.npz")
         jobs.append({"task": int(numbers[1]), "trial": int(numbers[2]), "source": str(file)})
     return jobs
+
+
+def read_arrays(path: str | Path, names: tuple[str, ...]) -> list[np.ndarray]:
+    """
+    Return arrays of an .npz file, in the order of their names. Nothing is unpickled. Raises FileNotFoundError, or
+    ValueError that names the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            num_bytes = sum(member.file_size for member in archive.infolist())
+        if num_bytes > MAX_BYTES:
+            raise ValueError(f"{num_bytes:,} bytes, an episode has at most {MAX_BYTES:,}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except Exception as error:  # of zipfile, zlib and NumPy
+        raise ValueError(f"{path}: no recorded episode with {', '.join(names)} ({error}); record it again") from None
+
+
+def check_actions(actions: np.ndarray, path: str | Path):
+    """Raise ValueError that names the file if these are not finite numbers (T, 7)."""
+    is_matrix = actions.ndim == 2 and actions.shape[1] == 7 and actions.dtype.kind in "fiu"
+    if not is_matrix or not np.isfinite(actions).all():
+        raise ValueError(f"{path}: actions are {actions.dtype} {actions.shape}, expected finite numbers (T, 7)")
 
 
 def stored_trials(suite: str, wanted_tasks: list[int], trials: str) -> list[dict]:

@@ -13,6 +13,8 @@ sets.
 Axes: T steps of a demonstration, A = 7 dimensions of an action, as the simulator takes it (gripper -1 open, 1 closed).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,7 +26,15 @@ from configurator import configure, fail
 from files import atomic_write
 from formats.write_rlds import encode_episode, write_examples
 from image import encode_jpeg
-from libero_sim.jobs import demonstration_file, parse_tasks, recorded_episodes, unfinished
+from libero_sim.jobs import (
+    MAX_BYTES,
+    check_actions,
+    demonstration_file,
+    parse_tasks,
+    read_arrays,
+    recorded_episodes,
+    unfinished,
+)
 from libero_sim.report import open_run, read_rows, warn
 from libero_sim.simulator import CAMERAS, IMAGE_SIZE, SETTLE, SUITES, Simulator, set_up_libero, tasks, versions
 from libero_sim.workers import look_at_simulator, play_jobs, read_warnings
@@ -77,22 +87,41 @@ def find_demonstrations(source: Path, suite: str, wanted_tasks: list[int]) -> li
     return jobs
 
 
-def open_hdf5(path: Path | str):
+@contextmanager
+def open_hdf5(path: Path | str) -> Iterator:
+    """Give an open HDF5 file. Raises ValueError that names the file, whatever goes wrong in the block."""
     try:
         import h5py
     except ImportError:
         raise ValueError(NO_H5PY) from None
-    return h5py.File(path, "r")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except Exception as error:  # of h5py: OSError, RuntimeError, KeyError, ...
+        raise ValueError(f"{path}: no demonstrations of LIBERO can be read ({error}); get it again") from None
 
 
 def read_demonstration(job: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return the simulator's state at the start, before settling, and the actions (T, A) float64."""
-    if job["source"].endswith(".npz"):
-        with np.load(job["source"]) as file:
-            return file["initial_state"], file["actions"]
-    with open_hdf5(job["source"]) as file:
-        demonstration = file["data"][f"demo_{job['trial']}"]
-        return demonstration["states"][0], demonstration["actions"][()].astype(np.float64)
+    """
+    Return the simulator's state at the start, before settling, and the actions (T, A) float64. Raises
+    FileNotFoundError, or ValueError that names the file.
+    """
+    source = job["source"]
+    if source.endswith(".npz"):
+        state, actions = read_arrays(source, ("initial_state", "actions"))
+    else:
+        with open_hdf5(source) as file:
+            demonstration = file["data"][f"demo_{job['trial']}"]
+            num_bytes = demonstration["states"].nbytes + demonstration["actions"].nbytes
+            if num_bytes > MAX_BYTES:
+                raise ValueError(f"{num_bytes:,} bytes, a demonstration has at most {MAX_BYTES:,}")
+            state = demonstration["states"][0]
+            actions = demonstration["actions"][()].astype(np.float64)
+
+    check_actions(actions, source)
+    if state.ndim != 1 or state.dtype.kind != "f" or not np.isfinite(state).all():
+        raise ValueError(f"{source}: the first state is {state.dtype} {state.shape}, expected finite numbers")
+    return state, actions
 
 
 def is_noop(action: np.ndarray, previous: np.ndarray | None, threshold: float = 1e-4) -> bool:

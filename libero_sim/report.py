@@ -203,7 +203,7 @@ def save_grid(path: Path, out: Path, rows: list[dict]):
 
 def make_tile(video: Path, success: bool) -> Image.Image:
     """Return the last image of a video, without the text below it, in a frame."""
-    with Image.open(video) as frames:
+    with Image.open(video, formats=("GIF",)) as frames:
         frames.seek(frames.n_frames - 1)
         last = frames.convert("RGB").crop((0, 0, IMAGE_SIZE, IMAGE_SIZE))
     tile = Image.new("RGB", (TILE - 2, TILE - 2), GREEN if success else RED)

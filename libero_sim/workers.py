@@ -31,7 +31,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from files import atomic_write, read_json, write_json
-from image import decode, encode_jpeg
 from libero_sim.expert import expert
 from libero_sim.jobs import episode_file
 from libero_sim.report import append_row
@@ -182,8 +181,7 @@ def with_perturbations(actions: Iterator[np.ndarray], rng: np.random.Generator, 
 def answered_actions(sim: Simulator, conn: Connection) -> Iterator[np.ndarray]:
     """Ask the policy of the main process, carry out all of its answer (K, A), and ask again."""
     while True:
-        # Through JPEG and back, as the images of the training sets were stored.
-        images = [decode(encode_jpeg(sim.image(camera))) for camera in sim.cameras]
+        images = [sim.image(camera) for camera in sim.cameras]
         conn.send((images, sim.instruction, sim.state()))
         for action in conn.recv():
             yield to_simulator(action)

@@ -6,7 +6,8 @@ A policy behind HTTP: images and an instruction in, actions out, for many robots
 
     POST /act     json-numpy {"image", "instruction", "unnorm_key"?, "state"?}, as for vla-scripts/deploy.py of
                   github.com/openvla/openvla, also wrapped as {"encoded": text}. The answer is the action (A,), or the
-                  chunk (K, A) of an OFT policy, in the same form. "image" is a list if an OFT policy takes several.
+                  chunk (K, A) of an OFT policy, in the same form. "image" is a list if an OFT policy takes several;
+                  or they are called as by the official OFT clients: {"full_image", "left_wrist_image", ...}.
                   Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` (JSON); answers plain JSON.
     GET  /health  whether the server is up, and how many requests it has taken and not yet answered
     GET  /info    the checkpoint, its datasets and the ranges of their actions, how images are prepared
@@ -17,8 +18,9 @@ The way of a request, which this file follows from top to bottom:
     -> next_batch -> answer_batch -> action -> encode_answer -> bytes
 
 Requests that arrive within `wait_ms` of each other are answered in one pass of the model. A request that is wrong gets
-a 4xx that says why; when the queue is full, further ones get a 429. After SIGTERM no new request is taken, and those
-that were taken are answered.
+a 4xx that says why, and makes a line of the log; when the queue is full, further ones get a 429. A connection that
+sends no request is closed after some seconds. After SIGTERM no new request is taken, and those that were taken are
+answered.
 
 Axes: H height, W width, K actions of a chunk, A action dimensions, P numbers of the robot's state.
 """
@@ -31,6 +33,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import traceback
 from collections import defaultdict
@@ -55,6 +58,7 @@ from policy import (
     predict_chunk,
 )
 from progress import show_progress
+from tokenizer import check_instruction
 
 
 @dataclass
@@ -75,7 +79,9 @@ class Config:
 
 
 MAX_SIDE = 8192  # pixels: the memory that resizing takes grows with the side, not with the area
-READ_SECONDS = 30  # how long a request may take to arrive
+READ_SECONDS = 30  # how long the body of a request may take to arrive
+HEAD_SECONDS = 10  # how long a connection may take until the head of a request has arrived
+MAX_JSON_VALUES = 500_000  # in a body: they take 0.1 s to read; images and states are encoded, so a request needs few
 NUMBER_DTYPE = re.compile(r"[<>|=]?[uif][1248]|u?int(8|16|32|64)|float(16|32|64)")  # numpy crashes on some others
 
 # In which form a request came, and so in which its answer goes back
@@ -100,18 +106,16 @@ class Refused(Exception):
 def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, str]:
     """Return the payload of a JSON request, and its form: JSON or ENCODED. Raises Refused."""
     try:
-        content = json.loads(body)
+        content = load_json(body)
         is_encoded = isinstance(content, dict) and "encoded" in content
         if is_encoded:
-            content = json.loads(content["encoded"])
+            content = load_json(content["encoded"])
     except (ValueError, TypeError, RecursionError) as error:
         raise Refused(400, f"not JSON: {error!s:.200}") from None
     if not isinstance(content, dict):
         raise Refused(422, f'a request is {{"image": array, "instruction": text}}, this is {type(content).__name__}')
 
-    arrays = content.get("image")
-    if not isinstance(arrays, list):
-        arrays = [arrays]
+    arrays = image_entries(content, num_images)
     if not arrays or not all(is_array(entry) for entry in arrays):
         raise Refused(422, '"image" is missing, or not in json-numpy\'s form: json_numpy.patch(), then post the array')
     check_num_images(len(arrays), num_images)
@@ -132,13 +136,41 @@ def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, s
     return payload, ENCODED if is_encoded else JSON
 
 
+def load_json(text: str | bytes):
+    """Return the value of a JSON text. Raises Refused for so many values that reading them would hold up everybody."""
+    data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    if not isinstance(data, bytes):
+        raise TypeError(f"a text was expected, got {type(data).__name__}")
+    num_values = sum(data.count(mark) for mark in b"[{,:")
+    if num_values > MAX_JSON_VALUES:
+        raise Refused(
+            413,
+            f"{num_values:,} values in JSON, at most {MAX_JSON_VALUES:,}: send arrays in json-numpy's form, not lists",
+        )
+    return json.loads(data)
+
+
+def image_entries(content: dict, num_images: int) -> list:
+    """
+    Return the images of a JSON request in the order of the policy's cameras: "image", one or a list; or as the official
+    OFT clients name them, "full_image" first, then those with "wrist" in their names, left before right.
+    """
+    if "image" in content or "full_image" not in content:
+        images = content.get("image")
+        return images if isinstance(images, list) else [images]
+
+    wrists = sorted(name for name in content if "wrist" in name)
+    names = ["full_image", *wrists][:num_images]  # further ones are not looked at, as officially
+    return [content[name] for name in names]
+
+
 def parse_form(fields: dict[str, str], files: list[bytes], num_images: int, max_pixels: float) -> dict:
     """Return the payload of a multipart request, from its fields and the files named `image`. Raises Refused."""
     check_num_images(len(files), num_images)
     state = None
     if fields.get("state"):
         try:
-            state = json.loads(fields["state"])
+            state = load_json(fields["state"])
         except (ValueError, TypeError, RecursionError) as error:
             raise Refused(422, f"`state` is not a list of numbers: {error!s:.200}") from None
     return {
@@ -218,14 +250,13 @@ def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
     or None. Raises ValueError, TypeError or OverflowError that says what is wrong.
     """
     instruction = payload["instruction"]
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError(f'"instruction" must be a text, got {instruction!r:.80}')
+    check_instruction(instruction)
     unnorm_key = payload["unnorm_key"] or cfg.unnorm_key
     if not isinstance(unnorm_key, str):
         raise ValueError(f'"unnorm_key" must be a text, got {unnorm_key!r:.80}')
 
     stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
-    check_instruction(instruction, policy, len(stats["action"]["q01"]))
+    check_room(instruction, policy, len(stats["action"]["q01"]))
     state = None
     if policy.is_oft:
         check_dimensions(policy, stats)
@@ -238,7 +269,7 @@ def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
     }
 
 
-def check_instruction(instruction: str, policy: Policy, action_dim: int):
+def check_room(instruction: str, policy: Policy, action_dim: int):
     """Raise ValueError if images, instruction and answer do not fit into the model's context."""
     config = policy.vla.cfg
     if len(instruction) > 4 * config.text.max_position_embeddings:  # not even tokenized
@@ -341,6 +372,8 @@ class Service:
         self.cfg = cfg
         self.queue = asyncio.Queue(cfg.queue)  # of (request, future of its answer)
         self.taken = set()  # futures of the requests that have been taken and not yet answered
+        self.bytes_held = 0  # of bodies that are being read
+        self.max_bytes_held = (cfg.queue + cfg.max_batch) * cfg.max_mb * 1e6
 
     async def act(self, http):
         """Return the JSON content that answers an HTTP request (starlette's Request). Raises Refused."""
@@ -372,8 +405,17 @@ class Service:
         if http.headers.get("content-type", "").startswith("multipart/form-data"):
             fields, files = await read_form(http)
             return await asyncio.to_thread(parse_form, fields, files, num_images, max_pixels), FORM
-        body = await http.body()
-        return await asyncio.to_thread(parse_json, body, num_images, max_pixels)
+
+        chunks = []
+        try:
+            async for chunk in http.stream():
+                chunks.append(chunk)
+                self.bytes_held += len(chunk)
+                if self.bytes_held > self.max_bytes_held:
+                    raise self.too_busy()
+            return await asyncio.to_thread(parse_json, b"".join(chunks), num_images, max_pixels)
+        finally:
+            self.bytes_held -= sum(len(chunk) for chunk in chunks)
 
     # Request -> answer
 
@@ -503,20 +545,27 @@ def make_app(policy: Policy, cfg: Config):
 
     app = FastAPI(title="OpenVLA", lifespan=lifespan)
 
+    def refuse(http: Request, status: int, reason: str, headers: dict[str, str] | None = None) -> JSONResponse:
+        print_refusal(http, status, reason)
+        return JSONResponse({"error": reason}, status, headers)
+
     @app.middleware("http")
     async def guard(http: Request, call_next):
         given = http.headers.get("authorization", "").encode()
         if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            return JSONResponse({"error": "wrong or missing token: Authorization: Bearer TOKEN"}, 401)
+            return refuse(http, 401, "wrong or missing token: Authorization: Bearer TOKEN")
         try:
-            return await call_next(http)
+            response = await call_next(http)
         except Refused as refused:
-            return JSONResponse({"error": str(refused)}, refused.status, refused.headers)
+            return refuse(http, refused.status, str(refused), refused.headers)
         except ClientDisconnect:
-            return JSONResponse({"error": "you have gone"}, 400)
+            return refuse(http, 400, "you have gone")
         except Exception:
             traceback.print_exc()
-            return JSONResponse({"error": "the server failed; its log says how"}, 500)
+            return refuse(http, 500, "the server failed; its log says how")
+        if response.status_code >= 400:
+            print_refusal(http, response.status_code, "no such address")
+        return response
 
     @app.post("/act")
     async def act(http: Request):
@@ -531,6 +580,13 @@ def make_app(policy: Policy, cfg: Config):
         return service.info()
 
     return app
+
+
+def print_refusal(http, status: int, reason: str):
+    """Print one line of the log about a request (starlette's Request) that got no action."""
+    client = http.client.host if http.client else "?"
+    line = " ".join(f"{client} {http.method} {http.url.path}: {status} {reason}".split())
+    print(line.encode("ascii", "backslashreplace").decode(), flush=True)
 
 
 def token_of(cfg: Config) -> str:
@@ -549,11 +605,79 @@ def import_server():
     return uvicorn
 
 
+def make_protocol():
+    """Return uvicorn's HTTP protocol, with a limit on how long a connection may stay without a request."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.start_timer()
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            self.start_timer()
+
+        def connection_lost(self, error):
+            self.timer.cancel()
+            super().connection_lost(error)
+
+        def start_timer(self):
+            if self.timer:
+                self.timer.cancel()
+            self.timer = self.loop.call_later(HEAD_SECONDS, self.close_if_idle)
+
+        def close_if_idle(self):
+            is_answering = self.cycle is not None and not self.cycle.response_complete
+            if not is_answering:
+                self.transport.close()
+
+    return Protocol
+
+
+def open_port(cfg: Config) -> socket.socket:
+    """Return a socket at the server's address, on which nobody is answered yet. Raises OSError if it is not free."""
+    listener = socket.socket(socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((cfg.host, cfg.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"--host {cfg.host} --port {cfg.port}: {error.strerror or error}; choose another") from None
+    return listener
+
+
+def check_limits(cfg: Config):
+    """Raise ValueError for limits under which nothing could be answered."""
+    if not 0 < cfg.port < 65536:
+        raise ValueError(f"--port {cfg.port}: must be 1 to 65535")
+    for key in ("max_batch", "queue"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"--{key} {getattr(cfg, key)}: must be 1 or more")
+    for key in ("max_mb", "max_megapixels"):
+        if not 0 < getattr(cfg, key) < math.inf:
+            raise ValueError(f"--{key} {getattr(cfg, key)}: must be more than 0")
+    if not 0 <= cfg.wait_ms < math.inf:
+        raise ValueError(f"--wait_ms {cfg.wait_ms}: must be 0 or more")
+
+
+def start_line(policy: Policy, cfg: Config) -> str:
+    """Return what the server says when it starts: what it serves, and where it listens."""
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    takes = f"{policy.num_images} image" + ("s" if policy.num_images > 1 else "")
+    if policy.state_dim:
+        takes += f" and a state of {policy.state_dim} numbers"
+    return (
+        f"{policy.checkpoint} ({', '.join(sorted(policy.norm_stats))}; {policy.device}, "
+        f"{str(policy.dtype).removeprefix('torch.')}) takes {takes} at http://{host}:{cfg.port}/act"
+    )
+
+
 def main(cfg: Config):
     if not cfg.checkpoint:
         fail("give --checkpoint FOLDER")
-    if not 0 < cfg.port < 65536:
-        fail(f"--port {cfg.port}: must be 1 to 65535")
     is_local = cfg.host in ("127.0.0.1", "localhost", "::1")
     if not is_local and not token_of(cfg):
         fail(f"--host {cfg.host} lets other machines command the robot; give a --token, too")
@@ -561,11 +685,13 @@ def main(cfg: Config):
 
     try:
         # Everything that can be wrong is found before any weight is read.
+        check_limits(cfg)
         dtype = pick_dtype(cfg.dtype)
         device = pick_device(cfg.device)
         checkpoint = open_checkpoint(cfg.checkpoint)
         if cfg.unnorm_key:
             dataset_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
+        listener = open_port(cfg)
         policy = load_policy(checkpoint, dtype, device, show_progress)
     except (ValueError, OSError) as error:
         fail(error)
@@ -573,9 +699,11 @@ def main(cfg: Config):
     if note and cfg.center_crop is None:
         print(f"warning: {note}", file=sys.stderr)
 
-    max_connections = cfg.queue + cfg.max_batch + 64  # further ones get a 503
+    # Connections are not limited, requests are: so those that send nothing keep nobody out.
     app = make_app(policy, cfg)
-    uvicorn.run(app, host=cfg.host, port=cfg.port, log_level="warning", limit_concurrency=max_connections)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http=make_protocol(), ws="none"))
+    print(start_line(policy, cfg), flush=True)
+    server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

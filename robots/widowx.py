@@ -26,7 +26,7 @@ from PIL import Image
 from checkpoint import open_checkpoint
 from configurator import configure, fail
 from files import atomic_write, read_json, write_json
-from image import WHOLE, decode, encode_jpeg
+from image import JPEG, WHOLE
 from metrics import wilson
 from policy import Policy, dataset_stats, load_policy, pick_device, pick_dtype, predict_chunk
 from progress import show_progress
@@ -132,11 +132,7 @@ def go_to_start(robot, cfg: Config):
 
 
 def ask_policy(policy: Policy, image: np.ndarray, instruction: str, state: np.ndarray, cfg: Config) -> np.ndarray:
-    """
-    Return the actions to carry out now, (K, A). The image becomes a JPEG on its way, as those of training did.
-    Raises ValueError if the actions are not finite.
-    """
-    image = decode(encode_jpeg(image))
+    """Return the actions to carry out now, (K, A). Raises ValueError if they are not finite."""
     states = state[None] if policy.state_dim else None
     (chunk,) = predict_chunk(policy, [[image]], [instruction], states, cfg.unnorm_key)  # (K, A)
     if not np.isfinite(chunk).all():
@@ -332,6 +328,8 @@ def main(cfg: Config):
         if not policy.processor.trained_on:
             # openvla-7b does not record it: its training images of Bridge were resized so, and shown whole.
             policy.processor.trained_on = WHOLE
+        if JPEG not in policy.processor.trained_on:  # as Bridge's images were stored
+            policy.processor.trained_on = (JPEG, *policy.processor.trained_on)
         robot = connect(service, cfg)
         write_json(protocol_file, protocol)
         evaluate(robot, policy, cfg)

@@ -55,6 +55,14 @@ def test_forms():
         (["steps"], "--name value"),
         (["--config", "none.py"], "no such file"),
         (["--limit", "x"], "limit must be"),
+        (["--name", "--steps", "3"], "--name needs a value"),
+        (["--steps", "3", "--name"], "--name needs a value"),
+        (["--image"], "--image needs a value"),
+        (["--limit"], "--limit needs a value"),
+        (["--config"], "--config needs a file"),
+        (["--learning_rate", "1"], "unknown option 'learning_rate': here it is --lr"),
+        (["--vla.data_mix", "x"], "; --help lists them"),
+        (["--vla.steps", "3"], "here it is --steps"),
     ],
 )
 def test_errors(argv, message, capsys):
@@ -68,6 +76,77 @@ def test_unknown_name_in_a_file(tmp_path, capsys):
     with pytest.raises(SystemExit):
         configure(Config, ["--config", str(tmp_path / "c.py")])
     assert "did you mean 'lr'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.py", "", "assigns no option"),
+        ("b.py", "import math\n_lr = 1\n", "assigns no option"),
+        ("c.py", "steps = 1\nlr: 0.1\n", "line 2: `lr: 0.1` assigns nothing; write lr = 0.1"),
+        ("d.yaml", "lr: 0.1\n", "a config file is Python"),
+        ("e.py", "- lr\n: 0.1\n", "is no Python"),
+        ("f.py", '{"lr": 0.1}', "assigns no option"),
+        ("g.py", "steps = 1\nlr = lrr\n", "line 2: NameError: name 'lrr' is not defined"),
+        ("h.py", "steps = 1\nimport nowhere\n", "line 2: ModuleNotFoundError"),
+        ("i.py", "lr = 1\0", "is no Python"),
+    ],
+)
+def test_config_files_that_are_none(tmp_path, name, text, message, capsys):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as end:
+        configure(Config, ["--config", str(tmp_path / name)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and message in err and name in err and "Traceback" not in err
+
+
+def test_annotated_assignments_count(tmp_path):
+    (tmp_path / "c.py").write_text("lr: float = 0.2\n")
+    assert configure(Config, ["--config", str(tmp_path / "c.py")]).lr == 0.2
+
+
+def test_the_working_directory_comes_before_configs(tmp_path, monkeypatch, capsys):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bridge.py").write_text("lr = 0.123\n")
+    assert configure(train.Config, ["--config", "./bridge.py"]).lr == 0.123
+    assert capsys.readouterr().err == ""
+    assert configure(train.Config, ["--config", "bridge.py"]).lr == 0.123
+    assert f"{tmp_path / 'bridge.py'} is taken" in capsys.readouterr().err
+    (tmp_path / "bridge.py").unlink()
+    assert configure(train.Config, ["--config", "bridge.py"]).lr != 0.123
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):  # a path is that file, and no other
+        configure(train.Config, ["--config", "./bridge.py"])
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configure(Config, ["--name=~/runs/x"]).name == f"{tmp_path}/runs/x"
+    assert configure(Config, ["--image", "~/a.png", "b~.png"]).image == (f"{tmp_path}/a.png", "b~.png")
+    (tmp_path / "c.py").write_text("name = '~/y'\n")
+    assert configure(Config, ["--config=~/c.py"]).name == f"{tmp_path}/y"
+
+
+@pytest.mark.parametrize(
+    ("script", "theirs", "ours"),
+    [
+        ("train", "vla_path", "base_checkpoint"),
+        ("train", "dataset_name", "data_mix"),
+        ("train", "run_root_dir", "run_dir"),
+        ("train", "save_steps", "save_every"),
+        ("train", "vla.learning_rate", "lr"),
+        ("sample", "pretrained_checkpoint", "checkpoint"),
+        ("eval_libero", "task_suite_name", "task_suite"),
+    ],
+)
+def test_official_names(script, theirs, ours, capsys):
+    import importlib
+
+    with pytest.raises(SystemExit):
+        configure(importlib.import_module(script).Config, [f"--{theirs}", "x"])
+    assert f"unknown option '{theirs}': here it is --{ours}\n" in capsys.readouterr().err
 
 
 def help_of(cls, argv, capsys):
@@ -155,3 +234,52 @@ def test_help_of_the_recipes(capsys):
     options = out[out.index("\nData\n") :]
     assert max(map(len, options.splitlines())) <= 100
     assert set(finetune_oft.Config.__dataclass_fields__) == set(re.findall(r"^  --(\w+)", options, re.M))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--grad_clip -1", "--grad_clip=-1e999", "--lr -1e-4", "--lr 1e999", "--warmup_steps -1", "--num_workers -1"]
+    + ["--beta2 1.0", "--seed -1", "--val_every -5", "--action_chunk 0", "--hold_out 1"],
+)
+def test_numbers_that_cannot_be_right(option):
+    import train
+
+    cfg = configure(train.Config, option.split())
+    name = option.replace("=", " ").split()[0]
+    with pytest.raises(ValueError, match=f"{name} .*must be"):
+        train.check_config(cfg, world=1)
+
+
+def test_no_validation_batches():
+    import train
+
+    with pytest.raises(ValueError, match="--val_batches 0: must be 1 or more"):
+        train.check_config(configure(train.Config, ["--val_batches", "0", "--val_every", "10"]), world=1)
+    good = "--val_batches 0 --grad_clip 0 --lr 0 --base_checkpoint x --data_root_dir x".split()
+    train.check_config(configure(train.Config, good), world=1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SLURM_NTASKS": "2"}, "Slurm has 2 tasks.*torchrun"),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "4"}, "Slurm has 4 tasks"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but not MASTER_ADDR, MASTER_PORT: .*torchrun"),
+        ({}, ""),
+        ({"SLURM_NTASKS": "1"}, ""),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ""),
+    ],
+)
+def test_processes_that_nobody_joined(environment, message, monkeypatch):
+    from distributed import check_environment
+
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not message:
+        check_environment()
+        return
+    with pytest.raises(ValueError, match=message):
+        check_environment()

@@ -343,8 +343,8 @@ def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
     frames = len(read())
     monkeypatch.setitem(globals(), "STRIDE", 3)
     assert len(read()) < frames
-    index = read().index / "index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"bad_records": ["file 3: cut off"]}))
+    index = read().index
+    rlds.write_meta(index, json.loads((index / "index.json").read_text()) | {"bad_records": ["file 3: cut off"]})
     with pytest.raises(ValueError, match="file 3: cut off; 1 bad records were left out"):
         read()
     assert len(read(skip_bad_records=True)) < frames

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -52,6 +53,33 @@ def test_config_round_trip(folders, name, tmp_path):
     ours = processor.to_dict()
     different = {k for k in official if ours[k] != official[k]}
     assert different <= {"means", "stds"}  # officially the exact constants, which nothing reads
+
+
+def resize_in_order(image, size):
+    """resize_lanczos3, summed up one input pixel after the other as TensorFlow does, which decides rounding ties."""
+    weights = []
+    for n in image.shape[:2]:
+        weights.append(np.zeros((size, n), np.float32))
+        for output, start, block in I.lanczos3_bands(n, size):
+            weights[-1][output : output + len(block), start : start + block.shape[1]] = block
+    x, rows, out = I.planar(image), 0, 0
+    for k, column in enumerate(weights[0].T):
+        rows = rows + column[:, None] * x[:, k, None]
+    for k, column in enumerate(weights[1].T):
+        out = out + column * rows[:, :, k, None]
+    return I.to_uint8(np.rint(out))
+
+
+@pytest.mark.parametrize("result", json.loads((GOLDENS / "eval_preproc.json").read_text())["results"])
+def test_official_images_to_the_bit(result):
+    """0 of 150,528 values differ: the resize if it is summed up in order, the centre crop as it is, and with JPEG."""
+    image = I.to_rgb(GOLDENS / result["image"])
+    small = resize_in_order(image, 224)
+    assert sha(small) == result["lanczos3_no_jpeg_sha256"]
+    assert sha(I.center_crop(small)) == result["center_crop_of_lanczos3_no_jpeg_sha256"]
+    through_jpeg = I.decode(I.encode_jpeg(image))
+    assert sha(resize_in_order(through_jpeg, 224)) == result["resize_image_for_policy_sha256"]
+    assert (I.resize_lanczos3(through_jpeg, 224) != resize_in_order(through_jpeg, 224)).sum() <= 4
 
 
 def test_lanczos3_and_centre_crop_as_in_tensorflow():
@@ -158,3 +186,49 @@ def test_unreadable_files(tmp_path):
         I.decode((tmp_path / "c.jpg").read_bytes()[:200])
     with pytest.raises(ValueError, match="no image"):
         I.decode(b"GIF89a but not really")
+    Image.fromarray(np.zeros((64, 64), np.float32)).save(tmp_path / "d.tiff")
+    with pytest.raises(ValueError, match="d.tiff.*floating-point"):
+        I.to_rgb(tmp_path / "d.tiff")
+    for name, data in (("e.jpg", (tmp_path / "c.jpg").read_bytes()[:400]), ("f.png", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=name):
+            I.to_rgb(tmp_path / name)
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """PIL gives a PostScript file, whatever its name, to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(program)
+    with pytest.raises(ValueError, match="a.png: not a readable image; it must be one of PNG"):
+        I.to_rgb(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="no image"):
+        I.decode(program)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
+def test_huge_images_are_refused_before_they_are_decoded(kind, tmp_path, monkeypatch):
+    Image.new("L", (40, 30)).save(tmp_path / "a.png", kind)
+    monkeypatch.setattr(I, "MAX_PIXELS", 1200)
+    assert I.to_rgb(tmp_path / "a.png").shape == (30, 40, 3)
+    monkeypatch.setattr(I, "MAX_PIXELS", 1199)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.raises(ValueError, match="a.png.*40 x 30 pixels"):
+        I.to_rgb(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="40 x 30 pixels"):
+        I.decode((tmp_path / "a.png").read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_exif_turns_an_image_as_a_path_and_as_bytes(kind, tmp_path):
+    sideways, exif = Image.new("RGB", (24, 16)), Image.Exif()
+    sideways.paste("white", (0, 0, 12, 16))
+    exif[274] = 6  # taken with the camera on its side
+    sideways.save(tmp_path / "a", kind, exif=exif)
+    from_path, from_bytes = I.to_rgb(tmp_path / "a"), I.decode((tmp_path / "a").read_bytes())
+    assert from_path.shape == from_bytes.shape == (24, 16, 3)
+    assert from_path[:8].min() > 200 > 50 > from_path[16:].max()
+    assert np.abs(from_path.astype(int) - from_bytes).max() < 8

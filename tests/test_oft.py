@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from common import GOLDENS, golden, shared
+from common import GOLDENS, golden, shared, with_tokenizer
+from test_image import resize_in_order
 
 import image
 import oft as O
@@ -16,6 +17,7 @@ from configurator import configure
 from formats import oxe
 from image import ImageProcessor
 from normalize import normalize, unnormalize
+from policy import load_policy, predict_chunk
 from tokenizer import PAD, PROMPT, Tokenizer, pad_sequences
 
 TENSORS, INFO = golden("oft")
@@ -88,6 +90,27 @@ def test_one_picture_without_state(policies, tokenizer, pixels):
     small.action_head.load_state_dict(full.action_head.state_dict())
     got = small.predict([tokenizer.encode_prompt(INFO["instruction"])], pixels(PRIMARY))[0]
     np.testing.assert_allclose(unnormalize(got, stats()), TENSORS["l1_single/actions"], atol=1e-4)
+
+
+def test_raw_images_are_prepared_as_officially(folders, tmp_path_factory, tokenizer):
+    """Through JPEG, Lanczos3 and the centre crop, wherever the policy acts; but for an image that has its size."""
+    model, folder = make(folders, tmp_path_factory, "l1")
+    (folder / O.OFT_RECORD).write_text(json.dumps(asdict(model.oft)))
+    policy = load_policy(with_tokenizer(folder), torch.float32)
+    raw = [image.to_rgb(GOLDENS / name) for name in (PRIMARY, WRIST)]
+    small = [resize_in_order(image.decode(image.encode_jpeg(picture)), 224) for picture in raw]  # official to the bit
+    cropped = torch.from_numpy(np.stack([image.center_crop(picture) for picture in small]))
+    pixel_values = policy.processor.normalize(cropped).flatten(0, 1)[None]
+    want = policy.model.predict([tokenizer.encode_prompt(INFO["instruction"])], pixel_values, STATE)[0]
+
+    def act(views):
+        state = TENSORS["proprio_raw"][None].numpy()
+        return predict_chunk(policy, [views], [INFO["instruction"]], state, INFO["unnorm_key"])[0]
+
+    for views in (raw, [GOLDENS / PRIMARY, GOLDENS / WRIST], small):
+        np.testing.assert_allclose(act(views), unnormalize(want, stats()), atol=2e-4)
+    without_jpeg = [image.resize_lanczos3(picture, 224) for picture in raw]
+    assert np.abs(act(without_jpeg) - act(raw)).max() > 1e-2
 
 
 def test_ddim():

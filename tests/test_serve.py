@@ -187,6 +187,15 @@ GOOD = {"image": array(np.zeros((8, 8, 3), np.uint8)), "instruction": "lift it"}
         (dict(json={**GOOD, "image": array(np.zeros((0, 8, 3), np.uint8))}), 422, "empty|image"),
         (dict(json={**GOOD, "instruction": " "}), 422, "instruction"),
         (dict(json={**GOOD, "instruction": "word " * 3000}), 422, "context"),
+        (dict(json={**GOOD, "instruction": "\ud800"}), 422, "surrogate"),
+        (dict(json={**GOOD, "instruction": "lift \udfff it"}), 422, "surrogate"),
+        (dict(json={**GOOD, "unnorm_key": "\udfff"}), 422, "the checkpoint has"),
+        (dict(json={**GOOD, "image": {**GOOD["image"], "dtype": "\ud800"}}), 422, "no plain number"),
+        (dict(json={"encoded": {"a": 1}}), 400, "not JSON"),
+        (dict(data=b"[" + b"[]," * 600_000 + b"[]]"), 413, "values in JSON"),
+        (dict(json={"encoded": "[" + "[]," * 600_000 + "[]]"}), 413, "values in JSON"),
+        (dict(data=b"[" * 100_000), 400, "not JSON"),
+        (dict(json={"full_image": GOOD["image"], "instruction": ""}), 422, "blank"),
         (dict(json={**GOOD, "unnorm_key": "nowhere"}), 422, "the checkpoint has: bridge_orig, toy"),
         (dict(json={**GOOD, "unnorm_key": [1]}), 422, "unnorm_key"),
         (dict(files={"image": b"GIF89a"}, data={"instruction": "x"}), 422, "no PNG or JPEG"),
@@ -270,6 +279,64 @@ def test_fuzz(server, payload, how):
     assert response.status_code == 200 or response.json()["error"]
 
 
+def test_a_body_of_brackets_holds_nobody_up(server):
+    """31 MB of "[]," took seconds to read, in which no other request was answered."""
+    body = b"[" + b"[]," * 10_000_000 + b"[]]"
+    slow = []
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(requests.post, f"{server}/act", data=body) for _ in range(4)]
+        while not all(answer.done() for answer in answers):
+            start = time.perf_counter()
+            assert requests.get(f"{server}/health", timeout=20).status_code == 200
+            slow.append(time.perf_counter() - start)
+    assert {answer.result().status_code for answer in answers} == {413}
+    assert max(slow) < 2
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /act HT", b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"])
+def test_connections_that_send_nothing(server, sent):
+    """Two hundred of them keep nobody out."""
+    host, port = server.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port)), timeout=5) for _ in range(200)]
+    for connection in idle:
+        connection.sendall(sent)
+    try:
+        response = post(server, {"image": picture(0), "instruction": "go"}, timeout=10)
+        assert response.status_code == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_idle_connections_are_closed(folder, monkeypatch):
+    """Without a request, with half a head, and after an answer; not while one is being answered."""
+    import uvicorn
+
+    def answer_batch(policy, requests, crop):
+        time.sleep(1.5)
+        return [np.zeros(7)] * len(requests)
+
+    monkeypatch.setattr(serve, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(serve, "answer_batch", answer_batch)
+    app = serve.make_app(load_policy(folder, torch.float32), serve.Config(unnorm_key="toy"))
+    listener = serve.open_port(serve.Config(port=free_port()))
+    config = uvicorn.Config(app, log_level="error", http=serve.make_protocol())
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listener]))
+    thread.start()
+    address = listener.getsockname()
+    while not server.started:
+        time.sleep(0.01)
+    for sent in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
+        with socket.create_connection(address, timeout=10) as s:
+            s.sendall(sent)
+            while s.recv(1000):  # until the server closes
+                pass
+    assert post(f"http://127.0.0.1:{address[1]}", GOOD).status_code == 200
+    server.should_exit = True
+    thread.join(20)
+
+
 def test_token_overload_and_an_end_under_load(folder):
     """Wrong token: 401. A full queue: 429. SIGTERM while requests wait: all that were taken are answered."""
     options = ["--unnorm_key", "toy", "--token", "secret", "--wait_ms", "3000", "--max_batch", "64", "--queue", "6"]
@@ -336,6 +403,14 @@ def test_oft(folders, tmp_path):
         answer = json_numpy.loads(requests.post(f"{url}/act", json=good).text)
         assert answer.shape == (2, 7)
         np.testing.assert_allclose(answer, want, atol=1e-9)
+        official = {"full_image": good["image"][0], "wrist_image": good["image"][1]}
+        official |= {"state": array(np.full(7, 0.1)), "instruction": "go"}
+        aloha = {"right_wrist_image": 0, "left_wrist_image": good["image"][1], **official}  # of which two are taken
+        del aloha["wrist_image"]
+        for request in (official, aloha):
+            answer = json_numpy.loads(requests.post(f"{url}/act", json=request).text)
+            np.testing.assert_allclose(answer, want, atol=1e-9)
+
         for change, reason in (
             ({"image": good["image"][:1]}, "1 images"),
             ({"state": None}, "7 finite numbers"),
@@ -403,8 +478,48 @@ def test_command_line(folder, capsys):
         (["--checkpoint", str(folder), "--unnorm_key", "x"], "the checkpoint has: bridge_orig, toy"),
         (["--checkpoint", str(folder), "--host", "0.0.0.0"], "give a --token"),
         (["--checkpoint", str(folder), "--port", "99999"], "must be 1 to 65535"),
+        (["--checkpoint", str(folder), "--max_batch", "0"], "--max_batch 0: must be 1 or more"),
+        (["--checkpoint", str(folder), "--queue", "0"], "--queue 0: must be 1 or more"),
+        (["--checkpoint", str(folder), "--wait_ms", "-1"], "--wait_ms -1.0: must be 0 or more"),
+        (["--checkpoint", str(folder), "--max_mb", "0"], "--max_mb 0.0: must be more than 0"),
+        (["--checkpoint", str(folder), "--max_megapixels", "-9"], "--max_megapixels -9.0: must be more than 0"),
         ([], "--checkpoint"),
     ):
         with pytest.raises(SystemExit) as end:
             serve.main(configure(serve.Config, argv))
         assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(folder, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as end:
+            serve.main(configure(serve.Config, ["--checkpoint", str(folder), "--port", str(port)]))
+    assert end.value.code == 2 and f"--port {port}: Address already in use; choose another" in capsys.readouterr().err
+
+
+def test_what_it_says(folder, tmp_path):
+    """A line when it starts, and one for each refusal, whatever is in the request."""
+    port = free_port()
+    command = [sys.executable, "-m", "robots.serve", "--checkpoint", str(folder), "--port", str(port)]
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        for _ in range(600):
+            if "http://" in (tmp_path / "log").read_text():
+                break
+            time.sleep(0.1)
+        for _ in range(100):
+            try:
+                requests.get(f"http://127.0.0.1:{port}/nowhere\n\x1b", timeout=5)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.1)
+        requests.post(f"http://127.0.0.1:{port}/act", json={**GOOD, "unnorm_key": "a\nb"})
+        process.terminate()
+        process.wait(20)
+    start, *refusals = (tmp_path / "log").read_text().splitlines()[-3:]
+    assert start == f"{folder} (bridge_orig, toy; cpu, bfloat16) takes 1 image at http://127.0.0.1:{port}/act"
+    assert "GET /nowhere" in refusals[0] and ": 404 no such address" in refusals[0]
+    assert "POST /act: 422" in refusals[1] and r"'a\nb'" in refusals[1]

@@ -139,3 +139,20 @@ def test_standin_has_llamas_layout(tmp_path):
     for text in ("pick up", "Zebra  über\n\tñ 漢字 🙂", " a", "x" * 50):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert not any(T.is_action_id(i) for i in tokenizer.encode(text))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "reason"),
+    [("", "is blank"), (" \n\t", "is blank"), ("\ud800", "surrogate"), ("lift \udfff it", "surrogate"), (7, "a text")],
+)
+def test_instructions_that_tell_nothing(instruction, reason):
+    with pytest.raises(ValueError, match=reason):
+        T.check_instruction(instruction)
+
+
+def test_other_instructions_pass(tmp_path):
+    """Letters beyond the basic plane are no surrogates; a dataset's frame may have no instruction."""
+    for text in ("lift it", "x", "\U0001f600", "抓住它"):
+        T.check_instruction(text)
+    T.make_standin(tmp_path / "tokenizer.model")
+    T.Tokenizer(tmp_path).encode_example("", np.zeros(7))
