@@ -36,6 +36,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OFT_RECORD = "oft_config.json"
 EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
+COMPONENT_ENDING = "checkpoint.pt"  # of the parts that OFT adds: NAME--latest_checkpoint.pt, NAME--150000_checkpoint.pt
 
 # How safetensors files call the dtypes that weights may have. (Those of our quantized folders are integers besides.)
 WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -77,15 +78,16 @@ class Checkpoint:
             norm = "language_model.model.norm.weight"
             _, layout = read_layout(self.weight_map[norm])
             return WEIGHT_DTYPES[layout[norm]["dtype"]]
-        for dtype in WEIGHT_DTYPES.values():
-            if str(dtype).removeprefix("torch.") == str(name).removeprefix("torch."):
-                return dtype
-        raise ValueError(
-            f"{self.folder}: config.json has torch_dtype {name!r}; it must be bfloat16, float32 or float16"
-        )
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES.values()}
+        plain_name = str(name).removeprefix("torch.")
+        if plain_name not in known:
+            raise ValueError(
+                f"{self.folder}: config.json has torch_dtype {name!r}; it must be one of {', '.join(known)}"
+            )
+        return known[plain_name]
 
     @cached_property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer with the prompt of this model. Raises FileNotFoundError or ValueError."""
         path = self.folder_with("tokenizer.model") / "tokenizer.model"
         remedy = "copy it from openvla-7b or Llama-2, it is the same for all (tokenizer.json is not read)"
@@ -236,7 +238,13 @@ def check_tensors(folder: Path, skeleton: OpenVLA) -> dict[str, Path]:
 def is_oft(folder: str | Path) -> bool:
     """True if the folder holds a policy of oft.py, ours or an official one."""
     folder = Path(folder)
-    return (folder / OFT_RECORD).is_file() or any(folder.glob("action_head--*"))
+    has_record = (folder / OFT_RECORD).is_file()
+    return has_record or len(component_files(folder)) > 0
+
+
+def component_files(folder: Path, name: str = "*") -> list[Path]:
+    """Return the files of a component of an OFT policy (action_head, proprio_projector, ...), or of all components."""
+    return sorted(folder.glob(f"{name}--*{COMPONENT_ENDING}"))
 
 
 def base_of(folder: str | Path) -> Path | None:
@@ -263,7 +271,10 @@ def base_of(folder: str | Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, or model.safetensors."""
+    """
+    Return the safetensors files of a folder: those that its index names, or model.safetensors. Raises FileNotFoundError
+    if one is missing, and ValueError for a LoRA run, which has no model of its own.
+    """
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{folder} is a LoRA run, not a model of its own; merge it first: python convert_weights.py merge-lora "
@@ -340,9 +351,9 @@ def hint_for_other(folder: Path) -> str:
         return "; it is a run that has not finished: the command that started it continues it"
     if list(folder.rglob("*.pt")):
         return "; convert_weights.py turns .pt checkpoints into this layout"
-    models = sorted(path.parent for name in ("config.json", ADAPTER_CONFIG) for path in folder.glob(f"*/{name}"))
-    if models:
-        return f"; is {models[0]} meant?"
+    configs = [*folder.glob("*/config.json"), *folder.glob(f"*/{ADAPTER_CONFIG}")]
+    if configs:
+        return f"; is {min(configs).parent} meant?"
     return ""
 
 
@@ -442,8 +453,10 @@ def check_adapter(folder: Path):
     if not modules:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: it holds no adapter; save it again")
     for module in modules:
-        A, B = (shapes.get(names.get(f"{module}.{half}.weight"), ()) for half in ("lora_A", "lora_B"))
-        if A[:1] != (rank,) or B[1:2] != (rank,):
+        A = shapes.get(names.get(f"{module}.lora_A.weight"), ())
+        B = shapes.get(names.get(f"{module}.lora_B.weight"), ())
+        has_rank = A[:1] == (rank,) and B[1:2] == (rank,)
+        if not has_rank:
             raise ValueError(
                 f"{folder / ADAPTER_WEIGHTS}: {PEFT_PREFIX}{module}.weight needs a lora_A and a lora_B of rank {rank}, "
                 f"as {ADAPTER_CONFIG} says (r); they are {A or 'missing'} and {B or 'missing'}"
@@ -528,7 +541,8 @@ def complete_export(run: Path) -> Iterator[None]:
 def export_files(run: Path) -> list[Path]:
     """Return the files of an export that belong together."""
     names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OFT_RECORD, STATISTICS)
-    return [run / name for name in names if (run / name).is_file()] + sorted(run.glob("*--*_checkpoint.pt"))
+    present = [run / name for name in names if (run / name).is_file()]
+    return present + component_files(run)
 
 
 def check_export(folder: Path):
@@ -590,8 +604,6 @@ def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        for entry in header.values():
-            entry["shape"]  # a KeyError here means that it is some other JSON
         ends = [entry["data_offsets"][1] for entry in header.values()]
         expected = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):

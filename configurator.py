@@ -292,7 +292,10 @@ def help_text(cls: type, settings: dict) -> str:
     settings: values that config files set; the others are the defaults of the dataclass.
     """
     groups = group_options(cls, settings)
-    longest = max((len(option) for group in groups.values() for option, _ in group), default=0)
+    longest = 0
+    for group in groups.values():
+        for option, _ in group:
+            longest = max(longest, len(option))
     column = min(longest + 2, MAX_COMMENT_COLUMN)
 
     docstring = inspect.getdoc(inspect.getmodule(cls)) or ""

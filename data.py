@@ -208,7 +208,9 @@ def shuffled(i: int, n: int, key: int) -> int:
         for r in range(4):
             h = (right * 0x9E3779B97F4A7C15 + key + r * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
             h = (h ^ (h >> 31)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ ((h ^ (h >> 29)) & mask)
+            mixed = left ^ ((h ^ (h >> 29)) & mask)
+            left = right
+            right = mixed
         i = (left << half) | right
         if i < n:
             return i

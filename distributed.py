@@ -41,14 +41,18 @@ def start_processes() -> tuple[int, int, str]:
 
 
 def check_environment():
-    """Raise ValueError if Slurm or something else started many processes that do not know of each other."""
+    """
+    Raise ValueError if Slurm or something else started many processes that do not know of each other, or asked for many
+    of which only this one runs.
+    """
     if not is_torchrun():
+        # srun counts the tasks of its step. Without srun, in a batch script, there is only what the job asked for.
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
         if tasks not in ("", "1"):
             raise ValueError(
-                f"Slurm has {tasks} tasks, each of which would train alone: start one task per node (srun "
-                f"--ntasks-per-node 1) that runs `torchrun --nproc-per-node GPUS ...`; for one process: --ntasks 1, or "
-                f"`unset SLURM_NTASKS`"
+                f"Slurm has {tasks} tasks, but this process knows of no other: with srun each would train alone, "
+                f"without srun only this one trains. Start one task per node (srun --ntasks-per-node 1) that runs "
+                f"`torchrun --nproc-per-node GPUS ...`; for one process: --ntasks 1, or `unset SLURM_NTASKS`"
             )
         return
 
@@ -127,6 +131,9 @@ def exit_cleanly() -> Iterator[None]:
     """Wrap a training script's main: one clear message for what the user can fix, and no process group left behind."""
     try:
         yield
+        # The threads of gloo may still hold tensors of the last collective when Python is torn down, which aborts the
+        # process. After a barrier they hold none.
+        barrier()
     except (ValueError, OSError) as error:
         fail(error)
     finally:

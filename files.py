@@ -10,7 +10,6 @@ a file beside the target, is flushed to the disk, and takes the target's name in
 
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,11 +76,12 @@ def read_json_lines(path: str | Path) -> list[dict]:
 def read_text(path: str | Path) -> str:
     """Return the content of a text file. Raises OSError, or ValueError if it is too large or not UTF-8."""
     path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{path}: expected a file, found a device or a pipe")
-    if status.st_size > MAX_TEXT:
-        raise ValueError(f"{path}: {status.st_size:,} bytes, such a file has at most {MAX_TEXT:,}; copy it again")
+    size = path.stat().st_size
+    is_special = path.is_char_device() or path.is_block_device() or path.is_fifo() or path.is_socket()
+    if is_special:  # reading one may wait forever
+        raise ValueError(f"{path}: expected a file, found a device or a pipe; give the file itself")
+    if size > MAX_TEXT:
+        raise ValueError(f"{path}: {size:,} bytes, such a file has at most {MAX_TEXT:,}; copy it again")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,9 +1,11 @@
 """
 Images in, pixels for the vision encoders out; also the random crops and colours of training.
 
-    file, PIL image, array -> to_rgb -> (H, W, 3) uint8 -> [center_crop] -> ImageProcessor -> (6, 224, 224) float32
+    file, PIL image, array -> to_rgb -> (H, W, 3) uint8
+        -> [resize_lanczos3] -> ImageProcessor.resize -> [center_crop] -> (224, 224, 3) uint8
+        -> ImageProcessor.normalize -> (6, 224, 224) float32
 
-Two ways of resizing are in use, and both are here:
+The steps in brackets are for models that were trained so. Two ways of resizing are in use, and both are here:
 - The model's own processor squashes to 224 x 224 with PIL's bicubic filter
   (prismatic/extern/hf/processing_prismatic.py of github.com/openvla/openvla).
 - Training data and the LIBERO evaluation come through TensorFlow's antialiased Lanczos3 before that
@@ -30,7 +32,8 @@ from files import read_json_object
 # Side of a crop, as a share of the image's: it keeps 90 % of the area, not of the side.
 CROP_SIDE = np.sqrt(np.float32(0.9))
 
-# Values of `ImageProcessor.trained_on`: the steps that the images of a training run went through.
+# Values of `ImageProcessor.trained_on`: the steps that an image goes through when the policy acts, so that it looks as
+# the images of the training did.
 WHOLE = ("lanczos3",)  # without augmentation: whole images, resized
 CROPPED = ("lanczos3", "center_crop")  # with augmentation: random crops, so the policy is shown the central one
 JPEG = "jpeg"  # a step before these: the images were stored as JPEGs
@@ -232,7 +235,7 @@ class ImageProcessor:
             mean = torch.tensor(mean, device=x.device).view(3, 1, 1)
             std = torch.tensor(std, device=x.device).view(3, 1, 1)
             pixels.append((x - mean) / std)
-        return torch.cat(pixels, dim=1).contiguous()
+        return torch.cat(pixels, dim=1).contiguous()  # `permute` alone leaves the three colours of a pixel together
 
 
 def pad_to_square(image: Image.Image, fill: tuple) -> Image.Image:

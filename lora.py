@@ -337,9 +337,12 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
 
     # Wrap the layers.
     modules = adapted_layers(adapters)
-    has_adapter = {target: any(name.startswith(f"{part}.") for name in modules) for target, part in PARTS.items()}
-    targets = tuple(target for target in PARTS if has_adapter[target])
-    model.lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+    targets = []
+    for target, part in PARTS.items():
+        has_adapter = any(name.startswith(f"{part}.") for name in modules)
+        if has_adapter:
+            targets.append(target)
+    model.lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), tuple(targets))
     wrap_modules(model, modules)
 
     # Fill in the weights.

@@ -41,7 +41,7 @@ from progress import no_progress
 SHARD_BYTES = 5 * 10**9  # the most that one weight file holds
 INDEX = "model.safetensors.index.json"
 PAD_TOKEN_ID = 32000  # the one token that OpenVLA adds to Llama's 32,000
-NUM_ACTION_BINS = 256  # tokenizer.py has its own, NUM_BINS
+NUM_ACTION_BINS = 256  # NUM_BINS of tokenizer.py, which this file does not import: it needs no tokenizer
 
 
 # -----------------------------------------------------------------------------

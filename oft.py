@@ -41,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import OFT_RECORD, Checkpoint, open_checkpoint, open_pt
+from checkpoint import COMPONENT_ENDING, OFT_RECORD, Checkpoint, component_files, open_checkpoint, open_pt
 from files import atomic_write, read_json, write_json
 from lora import default_alpha, load_adapter, lora_update
 from model import OpenVLA, is_unused
@@ -64,6 +64,18 @@ class OFTConfig:
     film: bool = False  # the instruction modulates both vision encoders
     diffusion_steps: int = 50
     scheme: str = SCHEME  # of actions and state: q01 and q99 become -1 and 1; "bounds" (ALOHA): min and max
+
+    @property
+    def num_placeholders(self) -> int:
+        """n: one for each number of a chunk."""
+        return self.action_chunk * self.action_dim
+
+    @property
+    def num_new_tokens(self) -> int:
+        """How many tokens there are besides images and prompt: placeholders, </s>, and those of state and time."""
+        num_state = 1 if self.proprio_dim else 0
+        num_time = 1 if self.head == "diffusion" else 0
+        return self.num_placeholders + 1 + num_state + num_time
 
 
 # -----------------------------------------------------------------------------
@@ -235,11 +247,6 @@ class OFT(nn.Module):
             for vit, vit_cfg in zip(vla.vision_backbone.encoders(), vla.cfg.vision, strict=True):
                 vit.blocks = nn.ModuleList(FiLMBlock(block, vit_cfg.embed_dim, dim) for block in vit.blocks)
 
-    @property
-    def num_placeholders(self) -> int:
-        """n: one for each number of a chunk."""
-        return self.oft.action_chunk * self.oft.action_dim
-
     # Inputs
 
     def insert_placeholders(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -247,7 +254,7 @@ class OFT(nn.Module):
         Prompts that end in 29871 -> input_ids (B, T) int64 of [prompt, n placeholders, </s>], padded on the right, and
         the lengths (B,) of the prompts. The ids of placeholders are arbitrary: their embeddings are replaced.
         """
-        placeholders = [BLANK] * self.num_placeholders
+        placeholders = [BLANK] * self.oft.num_placeholders
         input_ids, _ = pad_sequences([prompt + placeholders + [EOS] for prompt in prompts], PAD)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         return input_ids, lengths
@@ -267,7 +274,7 @@ class OFT(nn.Module):
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
         starts = lengths[:, None]  # (B, 1): the first placeholder follows the prompt
-        is_placeholder = (positions >= starts) & (positions < starts + self.num_placeholders)
+        is_placeholder = (positions >= starts) & (positions < starts + self.oft.num_placeholders)
 
         text = self.vla.language_model.model.embed_tokens(input_ids)  # (B, T, D)
         text = text.masked_fill(is_placeholder[..., None], 0)
@@ -316,7 +323,7 @@ class OFT(nn.Module):
         hidden = self.vla.language_model(x, mask=visible[:, None, None])  # (B, S, D)
 
         start = image_and_state_tokens.shape[1] + lengths - 1  # (B,): the position of 29871
-        positions = start[:, None] + torch.arange(self.num_placeholders + 1, device=x.device)  # (B, n + 1)
+        positions = start[:, None] + torch.arange(self.oft.num_placeholders + 1, device=x.device)  # (B, n + 1)
         index = positions[..., None].expand(-1, -1, hidden.shape[-1])  # (B, n + 1, D)
         return hidden.gather(1, index)
 
@@ -502,7 +509,7 @@ def read_component(folder: Path, name: str) -> dict[str, Tensor] | None:
     Return the tensors of NAME--STEP_checkpoint.pt, without the prefix of PyTorch's DDP, or None if there is no such
     file. Raises ValueError if there are several, or if it cannot be read.
     """
-    files = sorted(folder.glob(f"{name}--*checkpoint.pt"))
+    files = component_files(folder, name)
     if len(files) > 1:
         raise ValueError(f"{folder}: several {name} files, {', '.join(file.name for file in files)}; keep one")
     if not files:
@@ -614,9 +621,9 @@ def load_oft(
     for name, is_needed in needed_components(cfg).items():
         tensors = read_component(folder, name)
         if is_needed and tensors is None:
-            raise ValueError(f"{folder}: {name}--*_checkpoint.pt is missing: {cfg}")
+            raise ValueError(f"{folder}: {name}--*{COMPONENT_ENDING} is missing: {cfg}")
         if not is_needed and tensors is not None:
-            raise ValueError(f"{folder}: {name}--*_checkpoint.pt is not expected: {cfg}")
+            raise ValueError(f"{folder}: {name}--*{COMPONENT_ENDING} is not expected: {cfg}")
         if not is_needed:
             continue
 
@@ -701,7 +708,7 @@ def save_components(cfg: OFTConfig, state: dict[str, Tensor], folder: Path):
         for name, tensor in state.items():
             if name.startswith(own_prefix):
                 tensors[official_prefix + name.removeprefix(own_prefix)] = tensor.detach().cpu().contiguous()
-        with atomic_write(folder / f"{component}--latest_checkpoint.pt") as temporary:
+        with atomic_write(folder / f"{component}--latest_{COMPONENT_ENDING}") as temporary:
             torch.save(tensors, temporary)
     write_json(folder / OFT_RECORD, asdict(cfg))
 

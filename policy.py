@@ -25,7 +25,7 @@ from image import JPEG, ImageProcessor, center_crop, decode, encode_jpeg, resize
 from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
 from normalize import SCHEME, SCHEMES, normalize, unnormalize
-from oft import OFT, load_oft
+from oft import OFT, OFTConfig, load_oft
 from progress import no_progress
 from speed.engine import Engine
 from speed.quantize import load_quantized
@@ -299,20 +299,23 @@ def predict_chunk(
         single = [image for (image,) in images]
         return predict_action(policy, single, instructions, unnorm_key, crop)[:, None]
 
-    stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
+    key = choose_key(policy.norm_stats, unnorm_key, policy.checkpoint)
+    stats = policy.norm_stats[key]
     scheme = policy.model.oft.scheme
-    where = f"{policy.checkpoint}: statistics of {unnorm_key or next(iter(policy.norm_stats))!r}"
+    where = f"{policy.checkpoint}: statistics of {key!r}"
     check_statistics(stats, "action", where, scheme)
+    if policy.state_dim:
+        check_statistics(stats, "proprio", where, scheme)
+    check_dimensions(policy.model.oft, stats)
+
     views = [prepare_images(policy, view, crop) for view in zip(*images, strict=True)]
     pixel_values = torch.cat(views, dim=1)  # (B, V * 6, size, size)
 
     proprio = None
     if policy.state_dim and states is not None:
-        check_statistics(stats, "proprio", where, scheme)
-        expected = len(stats["proprio"]["q01"])
         found = np.shape(states)[-1]
-        if found != expected:
-            raise ValueError(f"the state has {found} numbers, {policy.checkpoint} was trained on {expected}")
+        if found != policy.state_dim:
+            raise ValueError(f"the state has {found} numbers, {policy.checkpoint} was trained on {policy.state_dim}")
         proprio = torch.from_numpy(normalize(states, stats["proprio"], scheme)).to(policy.device)
 
     prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
@@ -326,8 +329,19 @@ def predict_chunk(
 
 def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     """
-    Return the statistics of one dataset, {"action": ..., "proprio": ...}. Raises ValueError if `unnorm_key` is unknown,
-    if it is empty and there are several, or if the statistics cannot be used.
+    Return the statistics of one dataset, {"action": ..., "proprio": ...}. Raises ValueError as `choose_key`, or if the
+    statistics cannot be used.
+    """
+    key = choose_key(norm_stats, unnorm_key, checkpoint)
+    entry = norm_stats[key]
+    check_statistics(entry, "action", f"{checkpoint}: statistics of {key!r}")
+    return entry
+
+
+def choose_key(norm_stats: dict, unnorm_key: str, checkpoint: str) -> str:
+    """
+    Return `unnorm_key`, or if it is empty the name of the only dataset. Raises ValueError if it is unknown, or empty
+    although there are several.
     """
     keys = sorted(norm_stats)
     if not keys:
@@ -338,14 +352,11 @@ def dataset_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
             f'config.json) put them one level deeper, {{"my_dataset": {{"action": ...}}}}'
         )
     if not unnorm_key and len(keys) == 1:
-        unnorm_key = keys[0]
+        return keys[0]
     if unnorm_key not in keys:
         what = f"unknown unnorm_key {unnorm_key!r}" if unnorm_key else "several datasets and no unnorm_key"
         raise ValueError(f"{checkpoint}: {what}; the checkpoint has: {', '.join(keys)}")
-
-    entry = norm_stats[unnorm_key]
-    check_statistics(entry, "action", f"{checkpoint}: statistics of {unnorm_key!r}")
-    return entry
+    return unnorm_key
 
 
 def check_statistics(entry: dict, part: str, where: str, scheme: str = ""):
@@ -363,8 +374,11 @@ def check_statistics(entry: dict, part: str, where: str, scheme: str = ""):
     if not isinstance(stats, dict):
         raise ValueError(f"{where}: {part} is missing; {remedy}")
 
-    # The ends of the range, which become -1 and +1.
-    for low_key, high_key in dict.fromkeys([SCHEMES[SCHEME], SCHEMES[scheme]]):
+    # The ends of the range, which become -1 and +1: of this scheme, and of the usual one, which every dataset has.
+    pairs = [SCHEMES[SCHEME]]
+    if scheme != SCHEME:
+        pairs.append(SCHEMES[scheme])
+    for low_key, high_key in pairs:
         low = finite_numbers(stats.get(low_key))
         high = finite_numbers(stats.get(high_key))
         if low is None or high is None or len(low) != len(high):
@@ -406,9 +420,26 @@ def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:
     return dataset_stats(norm_stats, unnorm_key, checkpoint)["action"]
 
 
-def check_length(config: OpenVLAConfig, prompt_ids: list[int], new: int, images: int = 1):
-    """Raise ValueError if images, prompt and `new` tokens of an action do not fit into the model's context."""
-    total = images * config.num_patches + len(prompt_ids) + new
+def check_dimensions(oft: OFTConfig, stats: dict):
+    """Raise ValueError if an OFT policy has other dimensions than the dataset whose statistics are asked for."""
+    num_action = len(stats["action"]["q01"])
+    num_state = 0
+    if oft.proprio_dim and "proprio" in stats:
+        num_state = len(stats["proprio"]["q01"])
+    if num_action != oft.action_dim or num_state != oft.proprio_dim:
+        raise ValueError(
+            f"this dataset has {num_action} numbers of an action and {num_state} of the state, the policy has "
+            f"{oft.action_dim} and {oft.proprio_dim}; choose another unnorm_key"
+        )
+
+
+def check_length(config: OpenVLAConfig, prompt_ids: list[int], action_dim: int, oft: OFTConfig | None):
+    """Raise ValueError if images, prompt and answer do not fit into the model's context. oft: of an OFT policy."""
+    num_images = oft.num_images if oft else 1
+    num_new_tokens = oft.num_new_tokens if oft else action_dim
+    total = num_images * config.num_patches + len(prompt_ids) + num_new_tokens
     limit = config.text.max_position_embeddings
     if total > limit:
-        raise ValueError(f"the instruction makes {total} tokens with image and action, the context has {limit}")
+        raise ValueError(
+            f"the instruction makes {total} tokens with images and answer, the context has {limit}; shorten it"
+        )

@@ -1,5 +1,5 @@
 """
-The whole job in a small world, in about five minutes on two CPU cores: demonstrations, training, evaluation.
+The whole job in a small world, in five to eight minutes on two CPU cores: demonstrations, training, evaluation.
 
     python quickstart.py
 

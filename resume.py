@@ -40,16 +40,37 @@ from model import INDEX
 
 # Options of train.py and finetune_*.py that a resumed run may not change: it would be another run.
 FIXED_ON_RESUME = {
-    "data_mix", "hold_out", "image_aug", "random_model", "train_parts", "batch_size", "seed",
-    "lora_rank", "lora_alpha", "lora_targets", "quantize_base",
-    "action_chunk", "views", "use_proprio", "head", "film",
-}  # fmt: skip
+    "data_mix",
+    "hold_out",
+    "image_aug",
+    "random_model",
+    "train_parts",
+    "batch_size",
+    "seed",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "quantize_base",
+    "action_chunk",
+    "views",
+    "use_proprio",
+    "head",
+    "film",
+}
 
 # Options that it may change, and says so.
 REPORTED_ON_RESUME = {
-    "max_steps", "lr", "schedule", "warmup_steps", "decay_step", "weight_decay", "beta2", "grad_clip", "bf16",
+    "max_steps",
+    "lr",
+    "schedule",
+    "warmup_steps",
+    "decay_step",
+    "weight_decay",
+    "beta2",
+    "grad_clip",
+    "bf16",
     "lora_dropout",
-}  # fmt: skip
+}
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -221,15 +242,21 @@ class DataOnlyUnpickler(pickle.Unpickler):
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-            "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch.serialization": {"_get_layout"},
         "torch": {"Size", "device"},
         "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
         "collections": {"OrderedDict"},
-    }  # fmt: skip
+    }
 
     def find_class(self, module: str, name: str):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -269,6 +296,8 @@ class DataOnlyPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
         plain = torch.load(value, weights_only=True)
+
+        # The base class unpickles whatever it is given. So it gets the checked values, written anew.
         checked = io.BytesIO()
         torch.save(plain, checked)
         checked.seek(0)
@@ -352,7 +381,10 @@ def check_same_base(folder: Path, base_checkpoint: str, base: str):
 
 def without_scheme(statistics: dict) -> dict:
     """Return statistics without their `scheme` entry, which older runs did not write."""
-    return {name: {key: value for key, value in entry.items() if key != "scheme"} for name, entry in statistics.items()}
+    without = {}
+    for name, entry in statistics.items():
+        without[name] = {key: value for key, value in entry.items() if key != "scheme"}
+    return without
 
 
 def archive_later_checkpoints(run: Path, step: int):

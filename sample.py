@@ -22,11 +22,14 @@ import numpy as np
 from checkpoint import Checkpoint, open_checkpoint
 from configurator import configure, fail
 from image import to_rgb
+from oft import read_record
 from policy import (
     UNITS,
     Policy,
-    action_stats,
+    check_dimensions,
     check_length,
+    choose_key,
+    dataset_stats,
     load_policy,
     missing_preprocessing_note,
     pick_device,
@@ -71,8 +74,8 @@ def main(cfg: Config):
         if len(instructions) == 1:
             instructions *= len(images)
         checkpoint = open_checkpoint(cfg.checkpoint)
-        stats = action_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
-        check_instructions(checkpoint, instructions, len(stats["q01"]))
+        unnorm_key = choose_key(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
+        check_inputs(checkpoint, instructions, unnorm_key, cfg)
 
         policy = load_policy(checkpoint, dtype, device, show_progress)
         loaded = time.perf_counter()
@@ -87,7 +90,7 @@ def main(cfg: Config):
     if cfg.json:
         answer = {
             "actions": actions.tolist(),
-            "unnorm_key": cfg.unnorm_key,
+            "unnorm_key": unnorm_key,
             "device": device,
             "seconds": seconds,
         }
@@ -101,11 +104,28 @@ def main(cfg: Config):
     print(f"loaded in {seconds['load']} s, acted in {seconds['act']} s on {device}")
 
 
-def check_instructions(checkpoint: Checkpoint, instructions: list[str], num_tokens: int):
-    """Raise ValueError if an instruction is empty, or does not fit into the model's context."""
+def check_inputs(checkpoint: Checkpoint, instructions: list[str], unnorm_key: str, cfg: Config):
+    """Raise ValueError if images, instructions, state or statistics are not what this checkpoint takes."""
+    stats = dataset_stats(checkpoint.norm_stats, unnorm_key, cfg.checkpoint)
+    oft = read_record(checkpoint.folder) if checkpoint.is_oft else None
+    state_dim = oft.proprio_dim if oft else 0
+    if len(cfg.state) != state_dim:
+        raise ValueError(f"--state has {len(cfg.state)} numbers, {cfg.checkpoint} takes {state_dim}")
+    if oft:
+        if len(cfg.instruction) > 1:
+            raise ValueError(
+                f"--instruction: {len(cfg.instruction)} texts, but an OFT policy takes one for all its images"
+            )
+        if len(cfg.image) != oft.num_images:
+            raise ValueError(
+                f"--image: {len(cfg.image)} given, {cfg.checkpoint} takes {oft.num_images}, one per camera"
+            )
+        check_dimensions(oft, stats)
+
     for text in instructions:
         check_instruction(text)
-        check_length(checkpoint.config, checkpoint.tokenizer.encode_prompt(text), num_tokens)
+        prompt = checkpoint.tokenizer.encode_prompt(text)
+        check_length(checkpoint.config, prompt, len(stats["action"]["q01"]), oft)
 
 
 def ask(policy: Policy, images: list, instructions: list[str], cfg: Config) -> np.ndarray:

@@ -328,7 +328,8 @@ def measure_copy(device: torch.device) -> float:
 def plot(runs: list[dict], path: str):
     """Draw bars of milliseconds per action, a group for each run, a colour for each way to decode."""
     plt = import_pyplot()
-    names = [name for name in WAYS if any(name in run["ways"] for run in runs)]
+    measured = {name for run in runs for name in run["ways"]}
+    names = [name for name in WAYS if name in measured]
     figure, axes = plt.subplots(1, len(runs), figsize=(2.6 * len(runs) + 1, 3.2), squeeze=False)
     bars = {}  # name -> one of its bars, for the legend
     for axis, run in zip(axes[0], runs, strict=True):

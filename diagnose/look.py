@@ -340,8 +340,11 @@ def find_gripper_faults(summary: Summary) -> list[Finding]:
 
 def draw_frames(path: str | Path, strips: list[Strip]):
     """Draw the strips in columns, each under its title and its instruction."""
-    strip_widths = [sum(thumbnail.width + 4 for thumbnail in strip.thumbnails) for strip in strips]
-    width = max(strip_widths) + 16
+    widest = 0
+    for strip in strips:
+        strip_width = sum(thumbnail.width + 4 for thumbnail in strip.thumbnails)
+        widest = max(widest, strip_width)
+    width = widest + 16
     height = THUMBNAIL + 68
     columns = max(1, SHEET_WIDTH // width)
     rows = math.ceil(len(strips) / columns)

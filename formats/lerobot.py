@@ -121,7 +121,9 @@ def read_episodes(folder: Path, info: dict, camera: str) -> list[Episode]:
         tables = sorted(meta.glob("episodes/*/*.parquet"))
         if not tables:
             raise FileNotFoundError(f"{meta / 'episodes'}: no parquet file in it; copy the dataset again")
-        rows = [row for table in tables for row in read_rows(table)]
+        rows = []
+        for table in tables:
+            rows.extend(read_rows(table))
     else:
         rows = read_json_lines(meta / "episodes.jsonl")
     check_rows(rows, meta)

@@ -6,7 +6,7 @@ RLDS folders (TFDS tfrecords) -> frames by number, without TensorFlow.
 
 Open X-Embodiment is stored as RLDS: an episode is one record of about 2 MB, with its images encoded.
 
-    first run    tfrecord files -> read_records -> read_trajectory (oxe.py) -> index_trajectory -> write_index
+    first run    tfrecord files -> read_records -> read_trajectory -> index_trajectory -> write_index
     later        frame number -> index: action, state, and the places of instruction and images -> one read per image
 
 The first run reads every record once, verifies it, standardises it and writes an index. From then on a frame costs one
@@ -43,7 +43,7 @@ import numpy as np
 from files import atomic_write, read_json_object, write_json
 from formats import oxe
 from formats.dataset import HOLD_OUT
-from normalize import compute_statistics, normalize
+from normalize import SCHEME, compute_statistics, normalize
 from progress import no_progress
 
 # The tables of an index, one file each for every split. `write_index` says what their columns are.
@@ -91,7 +91,7 @@ def has_checksum(data: bytes, checksum: bytes) -> bool:
     return masked_crc32c(data) == int.from_bytes(checksum, "little")
 
 
-def report(problem: str, on_bad: Callable[[str], None] | None):
+def raise_or_skip(problem: str, on_bad: Callable[[str], None] | None):
     """Call on_bad(problem). Raises ValueError if there is no such function."""
     if on_bad is None:
         raise ValueError(f"{problem}, or --skip_bad_records")
@@ -136,12 +136,12 @@ def read_records(
             if not problem:
                 yield offset + 12, content
             else:
-                report(f"{path}: record {number} at byte {offset}: {problem}; get the file again", on_bad)
+                raise_or_skip(f"{path}: record {number} at byte {offset}: {problem}; get the file again", on_bad)
             offset = end
             number += 1
 
     if num_records is not None and number != num_records:
-        report(f"{path}: {number} records, dataset_info.json says {num_records}; get the file again", on_bad)
+        raise_or_skip(f"{path}: {number} records, dataset_info.json says {num_records}; get the file again", on_bad)
 
 
 def read_splits(folder: Path) -> dict[str, list[int] | None]:
@@ -189,11 +189,11 @@ def find_shards(
         if ending in missing:
             shards[path] = missing.pop(ending)
         else:
-            report(f"{path}: none of the {len(lengths)} files that dataset_info.json lists; remove it", on_bad)
+            raise_or_skip(f"{path}: none of the {len(lengths)} files that dataset_info.json lists; remove it", on_bad)
     for ending, length in missing.items():
         if length:
             file = folder / f"*-{split}.tfrecord{ending}"
-            report(f"{file}: missing, dataset_info.json says it has {length} episodes; get it", on_bad)
+            raise_or_skip(f"{file}: missing, dataset_info.json says it has {length} episodes; get it", on_bad)
     return shards
 
 
@@ -568,6 +568,8 @@ def fingerprint(folder: Path, row: oxe.Dataset) -> str:
             stat = path.stat()
             files.append((path.name, stat.st_size, stat.st_mtime_ns))
     parts = (files, str(row.images), row.state, row.action_encoding, source_of(row.standardize))
+    if row.swap_images:
+        parts += row.swap_images
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -616,7 +618,10 @@ def names_in(function: Callable) -> list[str]:
     """Return the names in the byte code of a function and of the functions inside it. Some of them are globals."""
     codes = [function.__code__]
     codes.extend(constant for constant in function.__code__.co_consts if inspect.iscode(constant))
-    return [name for code in codes for name in code.co_names]
+    names = []
+    for code in codes:
+        names.extend(code.co_names)
+    return names
 
 
 # -----------------------------------------------------------------------------
@@ -645,8 +650,11 @@ def is_whole(index: Path) -> bool:
             path = index / name
             if path.stat().st_size != size or checksum_of(path) != checksum:
                 return False
-        shards = [name for split in meta["splits"].values() for name in split["files"]]
-        return all(Path(name).name == name for name in shards)  # none leaves the folder of the data
+        for split in meta["splits"].values():
+            leaves_folder = any(Path(name).name != name for name in split["files"])
+            if leaves_folder:
+                return False
+        return True
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -809,6 +817,8 @@ class RLDS:
         name = f"usable-{self.stored_split}-{self.first_episode}-{self.end_episode}-{self.action_chunk}"
         if self.row.keep_frames:
             name += f"-{zlib.crc32(source_of(self.row.keep_frames).encode()):x}"
+            if self.row.scheme != SCHEME:  # `keep_frames` is shown normalised actions
+                name += f"-{self.row.scheme}"
         places = (self.index / name, cache_folder() / self.index.name / name)
         for path in places:
             usable = read_usable(path)
@@ -839,7 +849,7 @@ class RLDS:
         frames = np.arange(first, first + num_starts)
         if self.row.keep_frames is None:
             return frames
-        actions = normalize(tables["action"][first : first + T], self.statistics["action"])
+        actions = normalize(tables["action"][first : first + T], self.statistics["action"], self.row.scheme)
         keep = self.row.keep_frames({"action": actions})  # (T,) bool
         return frames[keep[:num_starts]]
 

@@ -49,6 +49,7 @@ from configurator import configure, fail
 from image import to_rgb
 from policy import (
     Policy,
+    check_dimensions,
     check_length,
     dataset_stats,
     load_policy,
@@ -259,7 +260,7 @@ def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
     check_room(instruction, policy, len(stats["action"]["q01"]))
     state = None
     if policy.is_oft:
-        check_dimensions(policy, stats)
+        check_dimensions(policy.model.oft, stats)
         state = check_state(payload["state"], policy.state_dim)
     return {
         "images": [to_rgb(image) for image in payload["images"]],
@@ -275,26 +276,9 @@ def check_room(instruction: str, policy: Policy, action_dim: int):
     if len(instruction) > 4 * config.text.max_position_embeddings:  # not even tokenized
         raise ValueError(f"an instruction of {len(instruction)} letters does not fit into the context")
 
-    new_tokens = action_dim
-    if policy.is_oft:
-        new_tokens = policy.action_chunk * policy.model.oft.action_dim + 1  # placeholders and </s>
-        if policy.state_dim:
-            new_tokens += 1
     prompt = policy.tokenizer.encode_prompt(instruction)
-    check_length(config, prompt, new_tokens, policy.num_images)
-
-
-def check_dimensions(policy: Policy, stats: dict):
-    """Raise ValueError if an OFT policy has other dimensions than the dataset whose statistics are asked for."""
-    found = [len(stats["action"]["q01"]), 0]
-    if policy.state_dim and "proprio" in stats:
-        found[1] = len(stats["proprio"]["q01"])
-    expected = [policy.model.oft.action_dim, policy.state_dim]
-    if found != expected:
-        raise ValueError(
-            f"this dataset has {found[0]} numbers of an action and {found[1]} of the state, the policy has "
-            f"{expected[0]} and {expected[1]}; choose another unnorm_key"
-        )
+    oft = policy.model.oft if policy.is_oft else None
+    check_length(config, prompt, action_dim, oft)
 
 
 def check_state(state, state_dim: int) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """From RLDS folders to batches: against the official pipeline's numbers, and against broken data."""
 
+import dataclasses
 import json
 import os
 import re
@@ -348,6 +349,32 @@ def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="file 3: cut off; 1 bad records were left out"):
         read()
     assert len(read(skip_bad_records=True)) < frames
+
+    # Cameras that are exchanged in half of the episodes are another index, too.
+    swapped = dataclasses.replace(row, swap_images=("image", "image"))
+    assert rlds.fingerprint(index.parent.parent, swapped) != rlds.fingerprint(index.parent.parent, row)
+
+
+def two_arms(trajectory):
+    return {**trajectory, "action": np.concatenate([trajectory["action"]] * 2, axis=1)}
+
+
+def test_keep_frames_sees_actions_as_training_does(tmp_path):
+    """For two arms: minimum and maximum become -1 and 1, not q01 and q99."""
+    from toy import world as toy
+
+    shown = []
+
+    def look(trajectory):
+        shown.append(trajectory["action"])
+        return np.ones(len(trajectory["action"]), bool)
+
+    write_rlds(tmp_path, dict(train=toy.demonstrations(toy.TRAIN, 3)), name="mine")
+    row = oxe.Dataset(state=(), standardize=two_arms, action_encoding="JOINT_POS_BIMANUAL", keep_frames=look)
+    dataset = rlds.RLDS(tmp_path, "mine", row=row, hold_out=0.0)
+    actions = np.stack([dataset[i]["actions"][0] for i in range(len(dataset))])
+    expected = normalize(actions, dataset.statistics["action"], "bounds")
+    np.testing.assert_array_equal(np.concatenate(shown), expected)
 
 
 def test_the_newest_version_is_the_largest_number(tmp_path):

@@ -1,6 +1,7 @@
 """House rules that a machine can check: imports, rooms, configs, and that a newcomer follows a walk in few files."""
 
 import ast
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from common import ROOT
 
 import finetune_lora
 import finetune_oft
+import model
+import tokenizer
 import train
 from configurator import configure
 from policy import load_policy, predict_action
@@ -69,6 +72,11 @@ def test_the_model_needs_files_only():
     assert local_imports("image") <= {"files"}
 
 
+def test_both_know_the_same_number_of_bins():
+    """The price of the test above."""
+    assert model.NUM_ACTION_BINS == tokenizer.NUM_BINS
+
+
 def test_imports_have_no_cycle():
     """Not even one that is hidden inside a function."""
     done = set()
@@ -118,6 +126,17 @@ def test_configs_fit_their_script(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
     script = next(script for script in (finetune_oft, finetune_lora, train) if f" {script.__name__}.py" in text)
     configure(script.Config, ["--config", str(path)])
+
+
+def test_adapters_and_all_weights_are_compared_fairly():
+    """toy/transfer.py runs both configs: they are the same run but for what trains and where it is written."""
+    adapters = runpy.run_path(str(ROOT / "configs" / "toy_lora.py"))
+    all_weights = runpy.run_path(str(ROOT / "configs" / "toy_full.py"))
+    own = {"run_dir", "lora_rank"}
+    settings = [name for name in {*adapters, *all_weights} - own if not name.startswith("__")]
+    assert len(settings) > 10
+    for name in settings:
+        assert adapters[name] == all_weights[name], name
 
 
 def files_of_what_runs(call) -> set[str]:

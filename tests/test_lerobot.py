@@ -224,8 +224,8 @@ def test_five_percent_are_val(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "LENGTHS", [2] * 20)
     folder = tmp_path / "twenty"
     features = {"action": dict(dtype="float32"), FRONT: dict(dtype="image")}
-    write_json(folder / "meta/info.json", dict(codebase_version="v2.1", fps=10, features=features, chunks_size=1000,
-               data_path="data/{episode_index}.parquet"))  # fmt: skip
+    info = dict(codebase_version="v2.1", fps=10, features=features, chunks_size=1000)
+    write_json(folder / "meta/info.json", {**info, "data_path": "data/{episode_index}.parquet"})
     write_json(folder / "meta/episodes.jsonl", [dict(episode_index=e, length=2) for e in range(20)], lines=True)
     write_json(folder / "meta/tasks.jsonl", [dict(task_index=i, task=str(i)) for i in range(2)], lines=True)
     for e in range(20):
@@ -248,8 +248,15 @@ def test_statistics(folders, version):
     stats = LeRobot(folders[version, "video"]).statistics
     for kind, x in (("action", [numbers(e)[0] for e in range(4)]), ("proprio", [numbers(e)[1] for e in range(4)])):
         x = np.concatenate(x).astype(np.float64)
-        for key, want in (("mean", x.mean(0)), ("std", x.std(0)), ("min", x.min(0)), ("max", x.max(0)),
-                          ("q01", np.quantile(x, 0.01, axis=0)), ("q99", np.quantile(x, 0.99, axis=0))):  # fmt: skip
+        expected = {
+            "mean": x.mean(0),
+            "std": x.std(0),
+            "min": x.min(0),
+            "max": x.max(0),
+            "q01": np.quantile(x, 0.01, axis=0),
+            "q99": np.quantile(x, 0.99, axis=0),
+        }
+        for key, want in expected.items():
             np.testing.assert_allclose(stats[kind][key], want, atol=1e-12)
     assert stats["action"]["mask"] == [True, True, False]
     assert (stats["num_transitions"], stats["num_trajectories"]) == (33, 4)

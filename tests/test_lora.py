@@ -169,9 +169,13 @@ def test_merged_is_unmerged_and_back(folders, dtype, tolerance):
     image, ids = pixels(BASE_INFO, BASE_INFO["examples"][0]).to(dtype), BASE["ex0/input_ids"][None]
     torch.manual_seed(0)
     with torch.no_grad():
-        inputs = {n: torch.randn(2, *([3, 28, 28] if m.lora_A.weight.dim() == 4 else [m.lora_A.in_features])).to(dtype)
-                  for n, m in layers.items()}  # fmt: skip
-        apart, logits = {n: m(inputs[n]) for n, m in layers.items()}, model(ids, image)[0]
+        inputs = {}
+        for name, layer in layers.items():
+            is_convolution = layer.lora_A.weight.dim() == 4
+            shape = (3, 28, 28) if is_convolution else (layer.lora_A.in_features,)
+            inputs[name] = torch.randn(2, *shape).to(dtype)
+        apart = {name: layer(inputs[name]) for name, layer in layers.items()}
+        logits, _ = model(ids, image)
         lora.merge_lora(model)
         for name, layer in layers.items():
             together = layer(inputs[name])
@@ -275,10 +279,15 @@ def setup(tmp_path):
     (tmp_path / "lora.py").write_text(CONFIG.split("random_model")[0] + CONFIG.split("\n}\n")[-1])
 
     def options(name, *more):
-        return ["--config", str(tmp_path / "lora.py"), "--base_checkpoint", str(base), "--lora_rank", "4",
-                "--run_dir", str(tmp_path / name), *more]  # fmt: skip
+        config = ["--config", str(tmp_path / "lora.py"), "--base_checkpoint", str(base), "--lora_rank", "4"]
+        return [*config, "--run_dir", str(tmp_path / name), *more]
 
     return base, options
+
+
+def losses_of(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def run_here(argv):
@@ -335,9 +344,7 @@ def test_resumed_is_uninterrupted(setup, tmp_path):
     run_here(options("cut", *more))
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert checksum(a) == checksum(b)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-              for n in ("whole", "cut")]  # fmt: skip
-    assert losses[0] == losses[1]
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "cut")
 
 
 def test_one_save_per_interval(setup, tmp_path, monkeypatch):
@@ -354,9 +361,7 @@ def test_two_processes_equal_one(setup, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*torchrun, str(ROOT / "finetune_lora.py"), *options("two", "--micro_batch_size", "2")]
     subprocess.run(argv, check=True, capture_output=True, cwd=tmp_path)
-    one, two = ([json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-                for n in ("one", "two"))  # fmt: skip
-    assert one == pytest.approx(two, abs=1e-5)
+    assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), abs=1e-5)
 
 
 def test_errors_before_long_work(setup, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """OFT against the official code: L1, discrete, FiLM and diffusion heads, training gradients; the mask; batches."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 
@@ -12,10 +13,12 @@ from test_image import resize_in_order
 
 import image
 import oft as O
+import sample
 from checkpoint import is_oft
 from configurator import configure
 from formats import oxe
 from image import ImageProcessor
+from model import OpenVLA
 from normalize import normalize, unnormalize
 from policy import load_policy, predict_chunk
 from tokenizer import PAD, PROMPT, Tokenizer, pad_sequences
@@ -113,6 +116,62 @@ def test_raw_images_are_prepared_as_officially(folders, tmp_path_factory, tokeni
     assert np.abs(act(without_jpeg) - act(raw)).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--instruction": ["a", "b"]}, "2 texts, but an OFT policy takes one"),
+        ({"--image": [GOLDENS / PRIMARY]}, "--image: 1 given, .* takes 2"),
+        ({"--state": [1.0]}, "--state has 1 numbers, .* takes 8"),
+        ({"--instruction": ["go " * 1480]}, r"makes \d+ tokens with images and answer, the context has \d+"),
+    ],
+)
+def test_wrong_inputs_are_found_before_the_weights(change, message, folders, tmp_path_factory, capsys, monkeypatch):
+    """Also an instruction that only the placeholders of the chunk make too long."""
+    model, folder = make(folders, tmp_path_factory, "l1")
+    (folder / O.OFT_RECORD).write_text(json.dumps(asdict(model.oft)))
+    with_tokenizer(folder)
+    monkeypatch.setattr(OpenVLA, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
+    options = {
+        "--checkpoint": [folder],
+        "--image": [GOLDENS / PRIMARY, GOLDENS / WRIST],
+        "--instruction": ["go"],
+        "--state": [1.0] * 8,
+        "--unnorm_key": [INFO["unnorm_key"]],
+        **change,
+    }
+    words = []
+    for key, values in options.items():
+        words += [key, *map(str, values)]
+    with pytest.raises(SystemExit) as end:
+        sample.main(configure(sample.Config, words))
+    assert end.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_statistics_of_another_robot(folders, tmp_path_factory):
+    model, folder = make(folders, tmp_path_factory, "l1")
+    (folder / O.OFT_RECORD).write_text(json.dumps(asdict(model.oft)))
+    policy = load_policy(with_tokenizer(folder), torch.float32)
+    entry = policy.norm_stats[INFO["unnorm_key"]]
+    two_arms = {key: [float(key == "q99")] * 14 for key in ("q01", "q99")}
+    policy.norm_stats["aloha"] = {**entry, "action": two_arms}
+    with pytest.raises(ValueError, match="14 numbers of an action and 8 of the state, the policy has 7 and 8"):
+        predict_chunk(policy, [[PRIMARY, WRIST]], ["go"], np.ones((1, 8)), "aloha")
+
+
+def test_tokens_of_an_answer(policies, tokenizer, pixels):
+    """OFTConfig.num_new_tokens is what Llama gets besides images and prompt."""
+    prompt = tokenizer.encode_prompt(INFO["instruction"])
+    seen = []
+    for kind, views in (("l1", (PRIMARY, WRIST)), ("diffusion", (PRIMARY, WRIST)), ("discrete", (PRIMARY,))):
+        model = policies[kind]
+        hook = model.vla.language_model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        model.predict([prompt], pixels(*views), STATE if model.oft.proprio_dim else None)
+        hook.remove()
+        images = model.oft.num_images * model.vla.cfg.num_patches
+        assert set(seen) == {images + len(prompt) + model.oft.num_new_tokens}
+        seen.clear()
+
+
 def test_ddim():
     alphas = O.alphas_cumprod(50)
     np.testing.assert_allclose(alphas, TENSORS["ddim/alphas_cumprod"], atol=1e-6)
@@ -206,8 +265,13 @@ def test_what_a_folder_must_say(folders, tmp_path, policies):
         shutil.copy(file, tmp_path / "a")
     with pytest.raises(ValueError, match='8 LIBERO, 25 ALOHA.*"proprio_dim": 8'):
         O.load_oft(tmp_path / "a")
-    for change, what in ((dict(chunk=8), "chunk"), (dict(scheme="q99"), "scheme one of bounds_q99, bounds"),
-                         (dict(head="l2"), "head is one of l1"), (dict(action_chunk=0), "action_chunk=0")):  # fmt: skip
+    wrong = [
+        (dict(chunk=8), "chunk"),
+        (dict(scheme="q99"), "scheme one of bounds_q99, bounds"),
+        (dict(head="l2"), "head is one of l1"),
+        (dict(action_chunk=0), "action_chunk=0"),
+    ]
+    for change, what in wrong:
         (tmp_path / "a" / "oft_config.json").write_text(json.dumps(asdict(policies["l1"].oft) | change))
         with pytest.raises(ValueError, match=f"oft_config.json: .*{what}"):
             O.load_oft(tmp_path / "a")
@@ -215,6 +279,12 @@ def test_what_a_folder_must_say(folders, tmp_path, policies):
     (tmp_path / "b/proprio_projector--latest_checkpoint.pt").unlink()
     with pytest.raises(ValueError, match="proprio_projector.*missing"):
         O.load_oft(tmp_path / "b")
+    for component in ("proprio_projector", "vision_backbone"):  # all that a discrete policy may have
+        folder = tmp_path / component
+        folder.mkdir()
+        assert not is_oft(folder)
+        (folder / f"{component}--150000_checkpoint.pt").touch()
+        assert is_oft(folder)
     with pytest.raises(ValueError, match="state of 8 numbers, got none"):
         policies["l1"].predict([[1, 29871]], torch.zeros(1, 12, 224, 224))
     with pytest.raises(ValueError, match="1 images, this checkpoint wants 2"):
@@ -233,10 +303,10 @@ def world(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("world")
     toy.write_rlds(root, dict(train=toy.demonstrations(toy.TRAIN, 6, linger=2)), name="toy_chunks")
-    tower = dict(embed_dim=16, depth=2, num_heads=2, img_size=28, mlp_dim=32)
+    dino = dict(embed_dim=16, depth=2, num_heads=2, img_size=28, mlp_dim=32)
+    siglip = dict(dino, cls_token=False, reg_tokens=0, layer_scale=False)
     text = dict(vocab_size=32064, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    random_model = {"vision_configs": [tower, dict(tower, cls_token=False, reg_tokens=0, layer_scale=False)],
-                    "text_config": text}  # fmt: skip
+    random_model = {"vision_configs": [dino, siglip], "text_config": text}
     options = dict(data_root_dir=str(root), data_mix="toy_chunks", image_aug=False, num_workers=0, batch_size=4)
     options |= dict(micro_batch_size=4, activation_checkpointing=False, max_steps=2)
     train(Config(**options, random_model=random_model, run_dir=str(root / "base")))
@@ -252,13 +322,19 @@ def build(cfg):
     return finetune_oft.build(cfg, [dataset for dataset, _ in train_data])
 
 
-@pytest.mark.parametrize("head, film, state", [("l1", False, True), ("l1", True, False), ("diffusion", False, True),
-                                               ("discrete", False, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("head", "film", "state"),
+    [
+        ("l1", False, True),
+        ("l1", True, False),
+        ("diffusion", False, True),
+        ("discrete", False, False),
+    ],
+)
 def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     """finetune_oft.py -> run folder -> the same chunks from the run and from the merged folder -> closed loop."""
     import finetune_oft as F
     import policy as acting
-    import sample
     import train
     from lora import merge
     from toy import play
@@ -306,8 +382,13 @@ def test_resumed_is_uninterrupted(head, world, tmp_path):
             more = dict(run_dir=str(tmp_path / run), views=("primary",), head=head, max_steps=max_steps)
             cfg = F.Config(**(options | more), use_proprio=False)
             train.train(cfg, F.build)
-    whole, resumed = ({**read_adapter(tmp_path / run)[1], **O.read_component(tmp_path / run, "action_head")}
-                      for run in ("whole", "resumed"))  # fmt: skip
+
+    def trained_weights(run):
+        _, adapters = read_adapter(tmp_path / run)
+        return {**adapters, **O.read_component(tmp_path / run, "action_head")}
+
+    whole = trained_weights("whole")
+    resumed = trained_weights("resumed")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 

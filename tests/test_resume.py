@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import config, losses, run, same_weights, train_here  # noqa: F401
 
 import checkpoint
@@ -268,8 +268,6 @@ def test_an_oft_export_is_whole_or_refused(config, tmp_path, monkeypatch):  # no
     # The adapter of another step beside this head, as a kill would leave it.
     shutil.copytree(tmp_path / "oft", tmp_path / "cut")
     changed = {name: tensor + 1 for name, tensor in want.items()}
-    from safetensors.torch import save_file
-
     metadata = {"format": "pt", "record": checkpoint.EXPORT_RECORD}
     save_file(changed, tmp_path / "cut" / "adapter_model.safetensors", metadata)
     with pytest.raises(ValueError, match="its export is not complete, or is being written"):

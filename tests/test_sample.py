@@ -78,8 +78,16 @@ def test_broken_numbers_are_no_action(folder):
         P.predict_action(policy, picture, "go", "bridge_orig")
 
 
-@pytest.mark.parametrize("name, message", [("gpu", "must be auto, cpu"), ("cuda:9", "sees 0 of that kind"),
-                                           ("cuda", "sees 0"), ("mps", "sees 0"), ("cpu:x", "must be")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "must be auto, cpu"),
+        ("cuda:9", "sees 0 of that kind"),
+        ("cuda", "sees 0"),
+        ("mps", "sees 0"),
+        ("cpu:x", "must be"),
+    ],
+)
 def test_devices_that_are_not_here(name, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -169,9 +177,19 @@ def no_processor(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [missing_shard, truncated_shard, wrong_shape, unexpected_tensor, missing_tensor, lfs_pointer, no_config,
-     broken_config, unknown_tower, no_processor],
-)  # fmt: skip
+    [
+        missing_shard,
+        truncated_shard,
+        wrong_shape,
+        unexpected_tensor,
+        missing_tensor,
+        lfs_pointer,
+        no_config,
+        broken_config,
+        unknown_tower,
+        no_processor,
+    ],
+)
 def test_broken_folder(folder, damage, capsys, monkeypatch):
     """One line, exit code 2, and not one weight read."""
     message = damage(folder)
@@ -210,8 +228,9 @@ def test_bad_arguments(folder, change, message, capsys, monkeypatch):
 def test_exit_code_of_the_process():
     run = subprocess.run(
         [sys.executable, ROOT / "sample.py", "--checkpoint", "none", "--image", PICTURE, "--instruction", "x"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 2 and run.stderr == "error: none: no such checkpoint folder\n"
 
 

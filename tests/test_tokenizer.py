@@ -59,12 +59,18 @@ def test_all_action_token_cases():
         assert T.decode_action(np.int64(case["token_id"])) == pytest.approx(case["decoded"], abs=1e-15)
     for case in cases["bin_edges"]:
         edge = case["edge"]
-        for key, value in {
-            "minus": np.nextafter(edge, -2), "exact": np.float64(edge), "plus": np.nextafter(edge, 2),
-            "minus_1e-6": edge - 1e-6, "plus_1e-6": edge + 1e-6, "float32_exact": np.float32(edge),
-        }.items():  # fmt: skip
-            assert T.encode_action(value) == case[key] == T.encode_action(torch.tensor(value, dtype=torch.float32 if
-                key == "float32_exact" else torch.float64)), (key, edge)  # fmt: skip
+        near_edge = {
+            "minus": np.nextafter(edge, -2),
+            "exact": np.float64(edge),
+            "plus": np.nextafter(edge, 2),
+            "minus_1e-6": edge - 1e-6,
+            "plus_1e-6": edge + 1e-6,
+            "float32_exact": np.float32(edge),
+        }
+        for key, value in near_edge.items():
+            dtype = torch.float32 if key == "float32_exact" else torch.float64
+            assert T.encode_action(value) == case[key], (key, edge)
+            assert T.encode_action(torch.tensor(value, dtype=dtype)) == case[key], (key, edge)
     ids = np.arange(cases["decode_ids"]["first"], cases["decode_ids"]["last"] + 1)
     for values in (T.decode_action(ids), T.decode_action(torch.from_numpy(ids)).numpy()):
         np.testing.assert_allclose(values, cases["decode_ids"]["decoded"], atol=1e-15)

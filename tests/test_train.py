@@ -336,8 +336,13 @@ def test_statistics_of_another_dataset(config, tmp_path):
 
 def test_a_run_goes_on_as_what_it_was(config, tmp_path, capsys):
     train_here(config("run", "--max_steps", "2"))
-    for options, key in ((("--batch_size", "8"), "batch_size 4, now it is 8"), (("--image_aug", "False"), "image_aug"),
-                         (("--seed", "8"), "seed"), (("--train_parts", "last_layer"), "train_parts")):  # fmt: skip
+    changes = [
+        (("--batch_size", "8"), "batch_size 4, now it is 8"),
+        (("--image_aug", "False"), "image_aug"),
+        (("--seed", "8"), "seed"),
+        (("--train_parts", "last_layer"), "train_parts"),
+    ]
+    for options, key in changes:
         with pytest.raises(ValueError, match=f"trained with {key}"):
             train_here(config("run", *options))
     train_here(config("run", "--lr", "1e-4", "--max_steps", "3"))

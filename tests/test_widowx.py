@@ -83,7 +83,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:not an action")
 def test_protocol(evaluate, folder, tmp_path, capsys):
     rows = evaluate(["lift the pot", "", "y", "", "", "n"])
     assert [(r["instruction"], r["success"], r["steps"], r["error"]) for r in rows] == [
-        ("lift the pot", True, 3, ""), ("lift the pot", False, 3, "")]  # fmt: skip
+        ("lift the pot", True, 3, ""),
+        ("lift the pot", False, 3, ""),
+    ]
     kinds = [call[0] for call in Robot.calls]
     assert kinds == ["connect", "init", *["reset", "move", "step", "step", "step"] * 2]
     settings, move = Robot.calls[1][1], Robot.calls[3]
