@@ -829,13 +829,13 @@ def is_unused(name: str, cfg: OpenVLAConfig) -> bool:
 
 
 def read_config(folder: Path) -> dict:
-    """Read config.json. Fine-tuned models keep their norm_stats in dataset_statistics.json, which are added."""
+    """Read config.json. Fine-tuned models have a dataset_statistics.json, which takes the place of its norm_stats."""
     hf = read_json_object(folder / "config.json")
     norm_stats = hf.get("norm_stats") or {}
     if not isinstance(norm_stats, dict):
         raise ValueError(f"norm_stats is {norm_stats!r:.60}, it must name datasets and their statistics")
     if (folder / "dataset_statistics.json").is_file():
-        norm_stats = {**norm_stats, **read_json_object(folder / "dataset_statistics.json")}
+        norm_stats = read_json_object(folder / "dataset_statistics.json")
     return {**hf, "norm_stats": norm_stats}
 
 

@@ -244,12 +244,13 @@ def test_the_only_statistics_are_the_default(folder):
     np.testing.assert_allclose(action[0], golden("tiny-openvla")[0]["ex0/actions/bridge_orig"].numpy(), atol=1e-6)
 
 
-def test_dataset_statistics_come_on_top(folder):
+def test_dataset_statistics_take_the_place_of_norm_stats(folder):
+    """As officially: a fine-tuned folder knows the datasets it was fine-tuned on, and no others."""
     mine = {"mine": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}}
     (folder / "dataset_statistics.json").write_text(json.dumps(mine))
     policy = P.load_policy(folder, torch.float32)
-    assert set(policy.norm_stats) == {"bridge_orig", "toy", "mine"}
-    action = P.predict_action(policy, [PICTURE], ["put carrot on plate"], "mine")[0]
+    assert set(policy.norm_stats) == {"mine"}
+    action = P.predict_action(policy, [PICTURE], ["put carrot on plate"])[0]
     normalised = golden("tiny-openvla")[0]["ex0/normalized_actions"].numpy()
     np.testing.assert_allclose(action, (normalised + 1) / 2, atol=1e-9)  # no mask: every dimension is scaled
 

@@ -451,6 +451,24 @@ def test_not_enough_disk(config, capsys, monkeypatch):
     assert "the disk has 0.0" in capsys.readouterr().err
 
 
+def test_a_base_checkpoint_keeps_its_constants(config, tmp_path):
+    """To train as the official script does: docs/differences.md."""
+    train_here(config("base", "--max_steps", "1"))
+    base = tmp_path / "base" / "checkpoint"
+    hf = json.loads((base / "config.json").read_text())
+    hf["text_config"]["rms_norm_eps"] = 1e-5
+    (base / "config.json").write_text(json.dumps(hf))
+    processor = json.loads((base / "preprocessor_config.json").read_text())
+    processor["tvf_normalize_params"][0]["mean"] = [0.485, 0.456, 0.406]
+    (base / "preprocessor_config.json").write_text(json.dumps(processor))
+
+    train_here(config("run", "--base_checkpoint", str(base), "--random_model", "{}", "--max_steps", "1"))
+    trained = open_checkpoint(tmp_path / "run" / "checkpoint")
+    assert trained.config.text.rms_norm_eps == 1e-5
+    assert trained.skeleton.language_model.model.norm.eps == 1e-5
+    assert trained.processor.means[0] == (0.485, 0.456, 0.406)
+
+
 def test_base_checkpoint_of_another_architecture(config, folders, tmp_path, capsys):
     folder = shutil.copytree(folders["tiny-openvla"], tmp_path / "base")
     text = json.loads((folder / "config.json").read_text())
