@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from files import read_json, read_json_object, write_json
+from files import read_json, read_json_object, refuse_special, write_json
 from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
 from speed.quantize import use_quantized_layers
@@ -33,6 +33,7 @@ from tokenizer import Tokenizer, prompt_for
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OFFICIAL_ADAPTER = "lora_adapter"  # the folder in a run of the official OFT script that holds the two files above
 OFT_RECORD = "oft_config.json"
 EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
@@ -52,6 +53,7 @@ class Checkpoint:
 
     folder: Path
     base: Path | None  # the base checkpoint of a LoRA run; None for any other folder
+    adapter: Path | None  # where the adapter of a LoRA run is, see `adapter_folder`; None for any other folder
     config: OpenVLAConfig
     skeleton: OpenVLA  # the model without weights, on the meta device
     weight_map: dict[str, Path]  # tensor name -> the file that holds it
@@ -112,9 +114,15 @@ class Checkpoint:
 
     def folder_with(self, file: str) -> Path:
         """The folder that has `file`: this one, or the base of a LoRA run that does not bring its own."""
-        if self.base and not (self.folder / file).is_file():
-            return self.base
-        return self.folder
+        path = self.folder / file
+        is_there = path.exists() or path.is_symlink()  # a link that leads nowhere is an error, not "not its own"
+        return self.base if self.base and not is_there else self.folder
+
+    def check_copied_files(self):
+        """Raise ValueError or FileNotFoundError if files that are copied into a converted folder cannot be used."""
+        for file, reader in {"tokenizer.model": "tokenizer", "preprocessor_config.json": "processor"}.items():
+            if (self.folder_with(file) / file).exists():
+                getattr(self, reader)
 
     def refuse_quantized(self):
         """Raise ValueError for a quantized folder: training, merging, adapters and OFT need the weights themselves."""
@@ -136,6 +144,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder{hint_for_missing(folder)}")
+    if folder.name == OFFICIAL_ADAPTER and (folder.parent / STATISTICS).is_file():
+        raise ValueError(
+            f"{folder}: only the adapter of an OFT policy; give the folder of all its parts, {folder.parent}"
+        )
     base = base_of(folder)
     if base:
         return open_lora_run(folder, base)
@@ -159,26 +171,28 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if config.extra.get("quantization"):
         use_quantized_layers(skeleton, config.extra["quantization"])
     files = check_tensors(folder, skeleton)
-    return Checkpoint(folder, None, config, skeleton, files, is_oft(folder))
+    return Checkpoint(folder, None, None, config, skeleton, files, is_oft(folder))
 
 
 def open_lora_run(folder: Path, base: Path) -> Checkpoint:
     """Check an adapter and its base checkpoint."""
-    if (base / ADAPTER_CONFIG).is_file():
+    adapter = adapter_folder(folder)
+    if adapter_folder(base):
         raise ValueError(
             f"{folder}: its base {base} is a LoRA run itself; merge that first (python convert_weights.py merge-lora "
-            f"{base} OUT) and set base_model_name_or_path in {ADAPTER_CONFIG} to OUT"
+            f"{base} OUT) and set base_model_name_or_path in {adapter / ADAPTER_CONFIG} to OUT"
         )
     checkpoint = open_checkpoint(base)
     checkpoint.refuse_quantized()
-    check_adapter(folder)
-    check_export(folder)
-    check_adapter_fits(folder, read_shapes(checkpoint.weight_map))
-    check_stored_base(folder, lambda name: read_tensor(checkpoint.weight_map[name], name))
+    check_adapter(adapter)
+    check_film(folder, adapter)
+    check_export(adapter)
+    check_adapter_fits(adapter, read_shapes(checkpoint.weight_map))
+    check_stored_base(adapter, lambda name: read_tensor(checkpoint.weight_map[name], name))
     config = checkpoint.config
     if (folder / STATISTICS).is_file():
         config.extra["norm_stats"] = read_json_object(folder / STATISTICS)
-    return Checkpoint(folder, base, config, checkpoint.skeleton, checkpoint.weight_map, is_oft(folder))
+    return Checkpoint(folder, base, adapter, config, checkpoint.skeleton, checkpoint.weight_map, is_oft(folder))
 
 
 def check_quantization(hf: dict):
@@ -247,21 +261,40 @@ def component_files(folder: Path, name: str = "*") -> list[Path]:
     return sorted(folder.glob(f"{name}--*{COMPONENT_ENDING}"))
 
 
+def adapter_folder(folder: str | Path) -> Path | None:
+    """
+    Return where the adapter of a LoRA run is: in the folder itself, or in the lora_adapter/ of the official OFT script.
+    None for a folder that is no LoRA run. A merged official folder is none: it has weights of its own beside
+    lora_adapter/.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    has_weights = (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+    if not has_weights and (folder / OFFICIAL_ADAPTER / ADAPTER_CONFIG).is_file():
+        return folder / OFFICIAL_ADAPTER
+    return None
+
+
 def base_of(folder: str | Path) -> Path | None:
     """
     The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run. The name
     that stands there is looked for as it is, inside the run and beside it. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file():
+    adapter = adapter_folder(folder)
+    if not adapter:
         return None
 
+    file = adapter / ADAPTER_CONFIG
     name = read_json_object(file).get("base_model_name_or_path") or ""
     if not isinstance(name, str):
         raise ValueError(f"{file}: base_model_name_or_path is {name!r}, it must be the folder of the base checkpoint")
     if name:
-        for place in (Path(name).expanduser(), folder / name, folder.parent / Path(name).name):
+        # The official scripts note where it was in their cache: .../models--openvla--openvla-7b/snapshots/47a0ec7...
+        in_cache = re.search(r"models--[^/]+--([^/]+)/snapshots/", name)
+        short_name = in_cache[1] if in_cache else Path(name).name
+        for place in (Path(name).expanduser(), folder / name, folder.parent / short_name):
             if place.is_dir():
                 return place
     raise FileNotFoundError(
@@ -275,7 +308,7 @@ def weight_files(folder: Path) -> list[Path]:
     Return the safetensors files of a folder: those that its index names, or model.safetensors. Raises FileNotFoundError
     if one is missing, and ValueError for a LoRA run, which has no model of its own.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
+    if adapter_folder(folder):
         raise ValueError(
             f"{folder} is a LoRA run, not a model of its own; merge it first: python convert_weights.py merge-lora "
             f"{folder} OUT"
@@ -371,6 +404,11 @@ def hint_for_wrapper(name: str, skeleton: OpenVLA) -> str:
 
 PEFT_PREFIX = "base_model.model."  # before each of our names
 
+# Before the names of vision encoders that the official OFT script has wrapped with FiLM. Such adapters are in the
+# policy's vision_backbone component, too, and taken from there. Officially they are left out as well: when the adapter
+# is merged into the base, which has no modules of that name.
+FILM_PREFIX = "vision_backbone.vision_backbone."
+
 # What adapter_config.json must say, if it says anything of it. PEFT knows more kinds of adapters.
 PLAIN_LORA = {
     "peft_type": "LORA",
@@ -424,7 +462,7 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def adapter_names(folder: Path) -> dict[str, str]:
-    """Return our name -> the name in the file, of each tensor of adapter_model.safetensors."""
+    """Return our name -> the name in the file, of each tensor of adapter_model.safetensors but those of FiLM."""
     file = folder / ADAPTER_WEIGHTS
     hint = f"an adapter is {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
     if (folder / "adapter_model.bin").is_file():
@@ -437,7 +475,8 @@ def adapter_names(folder: Path) -> dict[str, str]:
     for peft_name in read_header(require_file(file, hint)):
         if not peft_name.startswith(PEFT_PREFIX) or not peft_name.endswith(".weight"):
             raise ValueError(f"{file}: {peft_name} is no tensor of a LoRA adapter of PEFT")
-        names[peft_name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")] = peft_name
+        if not peft_name.startswith(PEFT_PREFIX + FILM_PREFIX):
+            names[peft_name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")] = peft_name
     return names
 
 
@@ -461,6 +500,16 @@ def check_adapter(folder: Path):
                 f"{folder / ADAPTER_WEIGHTS}: {PEFT_PREFIX}{module}.weight needs a lora_A and a lora_B of rank {rank}, "
                 f"as {ADAPTER_CONFIG} says (r); they are {A or 'missing'} and {B or 'missing'}"
             )
+
+
+def check_film(folder: Path, adapter: Path):
+    """Raise ValueError if an adapter has been trained with FiLM, and the component that holds its part is not there."""
+    has_film = any(name.startswith(PEFT_PREFIX + FILM_PREFIX) for name in read_header(adapter / ADAPTER_WEIGHTS))
+    if has_film and not component_files(folder, "vision_backbone"):
+        raise ValueError(
+            f"{folder}: vision_backbone--*{COMPONENT_ENDING} is missing, but {adapter / ADAPTER_WEIGHTS} was trained "
+            f"with FiLM; copy that file, too"
+        )
 
 
 def adapted_layers(names) -> list[str]:
@@ -619,7 +668,8 @@ def read_layout(path: Path) -> tuple[int, dict[str, dict]]:
 
 
 def refuse_pointer(path: Path):
-    """Raise ValueError for a Git LFS pointer, which git leaves in place of a large file."""
+    """Raise ValueError for a Git LFS pointer, which git leaves in place of a large file; and for a device or a pipe."""
+    refuse_special(path)
     with open(path, "rb") as file:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):

@@ -77,12 +77,13 @@ def fail(message) -> NoReturn:
     raise SystemExit(2)
 
 
-def configure(cls: type, argv: list[str] | None = None):
+def configure(cls: type, argv: list[str] | None = None, skip_unknown: bool = False):
     """
     Return an instance of the dataclass `cls`, filled from its defaults, config files and the command line.
 
-    argv: the words of the command line; None: those of this program. Ends the program after --help (exit code 0), and
-    with a message for options that do not fit (exit code 2).
+    argv: the words of the command line; None: those of this program. skip_unknown: leave out what a config file assigns
+    beyond the fields of `cls`, because the file is for another script, too. Ends the program after --help (exit code
+    0), and with a message for options that do not fit (exit code 2).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     wants_help = "-h" in words or "--help" in words
@@ -95,6 +96,8 @@ def configure(cls: type, argv: list[str] | None = None):
     for name, texts in options:
         if name == "config":
             settings.update(read_config_file(texts[0] if texts else ""))
+    if skip_unknown:
+        settings = {name: value for name, value in settings.items() if name in hints}
     for name, value in settings.items():
         settings[name] = check(value, hint_of(name, hints, "config file"), name)
 

@@ -42,6 +42,7 @@ from checkpoint import (
     STATISTICS,
     Checkpoint,
     adapted_layers,
+    adapter_folder,
     adapter_names,
     base_of,
     check_adapter,
@@ -72,6 +73,7 @@ from formats.prismatic_run import (
 from image import ImageProcessor
 from lora import merge as merge_lora
 from model import INDEX, SHARD_BYTES, OpenVLAConfig, is_unused, split_into_shards, weight_map
+from oft import check_components, read_record
 from policy import dataset_stats
 from progress import no_progress, show_progress
 from speed.quantize import layers_to_quantize, quantize
@@ -318,7 +320,7 @@ def hf_to_prismatic(folder: str | Path, out: str | Path, progress: Callable = no
 
 def refuse_lora_run(folder: Path):
     """Raise ValueError for an adapter, which is not a model of its own."""
-    if (folder / ADAPTER_CONFIG).is_file():
+    if adapter_folder(folder):
         raise ValueError(
             f"{folder} is a LoRA run; make it one folder first: convert_weights.py merge-lora {folder} OUT"
         )
@@ -400,6 +402,7 @@ def check_quantizable(folder: Path, out: Path, bits: int, group: int) -> Checkpo
     if is_oft(folder):
         raise ValueError(f"{folder} is an OFT policy; only token models are quantized")
     checkpoint = open_checkpoint(folder)
+    checkpoint.check_copied_files()
     if bits not in (4, 8) or group not in (32, 64, 128, 256):
         raise ValueError(f"--bits {bits} --group {group}: bits must be 8 or 4, group 32, 64, 128 or 256")
     if checkpoint.quantization:
@@ -522,6 +525,8 @@ def kind_of(folder: Path) -> str:
     """Return which of KINDS a folder is. Raises FileNotFoundError or ValueError if it is none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
+    if adapter_folder(folder):
+        return ADAPTER
     for pattern, kind in KINDS.items():
         if any(folder.glob(pattern)):
             return kind
@@ -544,6 +549,7 @@ def describe_model(folder: Path) -> Description:
 
     lines = [
         *describe_tensors(tensors),
+        *describe_oft(checkpoint),
         *describe_actions(checkpoint.norm_stats),
         f"images: {strategy}; prompt: {prompt_for(config.extra)!r}",
         "complete: every tensor is as config.json says, tokenizer and image processor are here",
@@ -576,9 +582,10 @@ def describe_run(folder: Path) -> Description:
 
 def describe_adapter(folder: Path) -> Description:
     """Describe a LoRA adapter. Raises ValueError or OSError if it is not whole, or does not fit its base."""
-    check_adapter(folder)
-    config = read_adapter_config(folder)
-    layers = adapted_layers(adapter_names(folder))
+    adapter = adapter_folder(folder)
+    check_adapter(adapter)
+    config = read_adapter_config(adapter)
+    layers = adapted_layers(adapter_names(adapter))
     lines = [
         f"rank {config['r']}, alpha {config['lora_alpha']}, on {config.get('base_model_name_or_path')}",
         f"complete: {len(layers)} layers, each with lora_A and lora_B of that rank",
@@ -590,9 +597,19 @@ def describe_adapter(folder: Path) -> Description:
         return Description(lines)
 
     checkpoint = open_checkpoint(folder)
+    lines += describe_oft(checkpoint)
     lines += describe_actions(checkpoint.norm_stats)
     lines.append(f"loads in this code: yes, with {checkpoint.base}, or after `merge-lora`")
-    return Description(lines)
+    problems = [] if adapter == folder else ["it wants the adapter merged (`merge-lora`)"]
+    return Description(lines, problems)
+
+
+def describe_oft(checkpoint: Checkpoint) -> list[str]:
+    """Return a line on what makes a folder an OFT policy. Raises ValueError if it cannot be loaded as one."""
+    if not checkpoint.is_oft:
+        return []
+    check_components(checkpoint)
+    return [f"an OFT policy: {read_record(checkpoint.folder)}"]
 
 
 def describe_tensors(tensors: dict[str, Tensor]) -> list[str]:

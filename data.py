@@ -11,7 +11,7 @@ permutation): shuffling is perfect over the whole dataset and costs no memory.
 
     python -m diagnose.look --data_root_dir DIR --data_mix bridge      # a table and images, to look before training
 
-Your own data: any sequence of {"image": (H, W, 3) uint8, "action": (A,), "instruction": str}, see `Samples`.
+Your own data: LeRobot folders (formats/lerobot.py), RLDS (formats/rlds.py), or any frames (formats/samples.py).
 
 OpenVLA section 3.3 and appendix A, https://arxiv.org/abs/2406.09246; prismatic/vla/datasets of github.com/openvla/
 openvla. docs/differences.md says where this differs from it, and why.
@@ -25,7 +25,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -40,8 +40,9 @@ from torch.utils.data import DataLoader, Dataset
 from formats import oxe
 from formats.dataset import HOLD_OUT, RobotDataset
 from formats.rlds import RLDS
+from formats.samples import Samples  # noqa: F401 (so that a config file finds it beside the rest)
 from image import augment, decode, resize_lanczos3, to_rgb
-from normalize import SCHEME, compute_statistics, normalize
+from normalize import normalize
 from progress import no_progress
 from tokenizer import IGNORE_INDEX, PAD, Tokenizer, pad_sequences
 
@@ -53,76 +54,69 @@ BLOCK = 4096  # positions of the stream after which the shares of a mixture are 
 # Datasets
 
 
-class Samples(Dataset):
+def parse_mixture(data_mix) -> list[tuple]:
     """
-    Your own data as a dataset. See formats/dataset.py for what a dataset is.
+    Return [(what, weight)], where `what` is a name of formats/oxe.py, a row of your own (oxe.Dataset) or a dataset.
 
-    samples: any sequence, or an iterable (which is read once, into a list), of dicts with
-        image: (H, W, 3) uint8, a path or encoded bytes,
-        action: (A,) in robot units, the gripper last (1 open, 0 closed),
-        instruction: str.
-    name: under which the statistics are stored, and found again with --unnorm_key.
-    Raises ValueError that names the first sample that does not fit.
+    data_mix: a name, a row or a dataset; or a list of them, in which each may have a weight: (what, 2.0). Without one
+    it is 1. Raises ValueError for anything else.
     """
+    if isinstance(data_mix, str):
+        try:
+            return oxe.mixture(data_mix)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
 
-    scheme = SCHEME
-    cameras = ("image",)
-    action_chunk = 1
+    parts = data_mix if isinstance(data_mix, list | tuple) else [data_mix]
+    if len(parts) == 2 and is_number(parts[1]):
+        parts = [parts]  # one pair, without the list around it
+    mixture = []
+    for part in parts:
+        has_weight = isinstance(part, list | tuple) and len(part) == 2 and is_number(part[1])
+        what, weight = part if has_weight else (part, 1.0)
+        check_part(what)
+        mixture.append((what, float(weight)))
+    if not mixture:
+        raise ValueError("data_mix is empty; name a dataset")
+    return mixture
 
-    def __init__(self, samples: Iterable[dict], name: str = "mine"):
-        is_sequence = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
-        self.samples = samples if is_sequence else list(samples)
-        self.name = name
-        self.bad_records = []
-        self.user_code = (type(self.samples),)
 
-        actions = self.read_actions()  # (n, A)
-        n, A = actions.shape
-        self.absolute_mask = (False,) * (A - 1) + (True,)  # the gripper is a set point, all else are changes
-        mask = [not absolute for absolute in self.absolute_mask]
-        self.statistics = {
-            "action": {**compute_statistics([actions]), "mask": mask},
-            "num_transitions": n,
-            "num_trajectories": 0,
-        }
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
-    def read_actions(self) -> np.ndarray:
-        """Check every sample, and return all actions (n, A) float32."""
-        actions = []
-        for i in range(len(self.samples)):
-            sample = self.samples[i]
-            missing = {"image", "action", "instruction"} - sample.keys()
-            if missing:
-                raise ValueError(f"{self.name}: sample {i} has no {sorted(missing)}, its keys are {sorted(sample)}")
-            if not isinstance(sample["instruction"], str):
-                raise ValueError(f"{self.name}: sample {i} has instruction {sample['instruction']!r}, which is no str")
 
-            action = np.asarray(sample["action"], np.float32)
-            actions.append(action)
-            expected = actions[0].shape
-            if action.shape != expected or action.ndim != 1 or not np.isfinite(action).all():
-                raise ValueError(f"{self.name}: sample {i} has action {action}, expected finite {expected}")
-        if not actions:
-            raise ValueError(f"{self.name}: no samples")
-        return np.stack(actions)
+def check_part(what):
+    """Raise ValueError for a part of data_mix that is neither a name, nor a row, nor a dataset."""
+    if isinstance(what, str):
+        try:
+            oxe.lookup(what)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+        return
+    if isinstance(what, oxe.Dataset):
+        if not what.name:
+            raise ValueError("data_mix: a row of your own needs a name: oxe.Dataset(name=...), as its folder has")
+        return
+    wanted = [*RobotDataset.__annotations__, "select", "__len__", "__getitem__", "instruction", "all_actions"]
+    missing = [name for name in wanted if not hasattr(what, name)]
+    if missing:
+        raise ValueError(
+            f"data_mix: {what!r:.60} is no dataset, it lacks {', '.join(missing)}. data_mix is a name, a row "
+            f"oxe.Dataset(name=...), LeRobot(...), Samples(...), or a list of them, each alone or as (dataset, weight)"
+        )
 
-    def __len__(self) -> int:
-        return len(self.samples)
 
-    def __getitem__(self, i: int) -> dict:
-        sample = self.samples[i]
-        return {
-            "pictures": [sample["image"]],
-            "actions": np.asarray(sample["action"], np.float32)[None],  # (1, A)
-            "instruction": sample["instruction"],
-            "proprio": np.zeros(0, np.float32),
-        }
+def name_of_mixture(data_mix) -> str:
+    """Return the name of a mixture; without one, the names of its datasets."""
+    if isinstance(data_mix, str):
+        return data_mix
+    names = [what if isinstance(what, str) else what.name for what, _ in parse_mixture(data_mix)]
+    return "+".join(names).replace("/", "_")
 
-    def instruction(self, i: int) -> str:
-        return self.samples[i]["instruction"]
 
-    def all_actions(self) -> tuple[np.ndarray, None]:
-        return self.read_actions(), None
+def needs_folder(data_mix) -> bool:
+    """Return True if a mixture has datasets that lie in --data_root_dir, and not only dataset objects."""
+    return any(isinstance(what, str | oxe.Dataset) for what, _ in parse_mixture(data_mix))
 
 
 def open_mixture(
@@ -139,56 +133,60 @@ def open_mixture(
     """
     Return [(dataset, weight)].
 
-    data_mix: the name of a mixture or of a dataset in formats/oxe.py, or a list of (what, weight), where `what` is a
-        name, a row of your own (oxe.Dataset with a name), or a dataset object.
-    views: the cameras, in their order. action_chunk: K. hold_out: share of the episodes that is not trained on, where
-        the data has no validation split. oft_state: read the robot's state as OpenVLA-OFT does.
+    data_mix: see `parse_mixture`. views: the cameras of datasets that formats/oxe.py describes, in their order; your
+        own data names its cameras itself. action_chunk: K. hold_out: share of the episodes that is not trained on,
+        where the data has no validation split. oft_state: read the robot's state as OpenVLA-OFT does.
     Raises ValueError or FileNotFoundError with the nearest names, or with what is missing.
     """
-    try:
-        parts = oxe.mixture(data_mix) if isinstance(data_mix, str) else list(data_mix)
-        mixture = []
-        for what, weight in parts:
-            row = oxe.lookup(what) if isinstance(what, str) else what
-            if not isinstance(row, oxe.Dataset):
-                mixture.append((what, weight))  # a dataset object: split, cameras and chunk were fixed when it was made
-                continue
+    mixture = []
+    for what, weight in parse_mixture(data_mix):
+        if not isinstance(what, str | oxe.Dataset):
+            mixture.append((what.select(split, action_chunk, hold_out), weight))
+            continue
 
-            name = what if isinstance(what, str) else row.name
-            if not name:
-                raise ValueError("data_mix: a row of your own needs a name: oxe.Dataset(name=...), as its folder has")
-            if oft_state:
-                row = replace(row, state=row.state_oft)
-            dataset = RLDS(
-                data_root_dir,
-                name,
-                split=split,
-                row=row,
-                views=views,
-                action_chunk=action_chunk,
-                skip_bad_records=skip_bad_records,
-                progress=progress,
-                hold_out=hold_out,
-            )
-            mixture.append((dataset, weight))
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
+        row = oxe.lookup(what) if isinstance(what, str) else what
+        if oft_state:
+            row = replace(row, state=row.state_oft)
+        dataset = RLDS(
+            data_root_dir,
+            what if isinstance(what, str) else row.name,
+            split=split,
+            row=row,
+            views=row.cameras or views,
+            action_chunk=action_chunk,
+            skip_bad_records=skip_bad_records,
+            progress=progress,
+            hold_out=hold_out,
+        )
+        mixture.append((dataset, weight))
+    check_names([dataset for dataset, _ in mixture])
     return mixture
 
 
-def check_object(dataset: RobotDataset, split: str, num_views: int, action_chunk: int):
-    """Raise ValueError if a dataset object, whose cameras and chunk were fixed when it was made, does not fit."""
-    if dataset.action_chunk != action_chunk:
+def check_names(datasets: list[RobotDataset]):
+    """Raise ValueError if two datasets have the same name, under which a policy keeps their statistics."""
+    names = [dataset.name for dataset in datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"data_mix: {names.count(name)} datasets have the name {name!r}; set name= of each")
+
+
+def check_cameras(datasets: list[RobotDataset], num_images: int | None = None) -> int:
+    """
+    Return how many images a sample of these datasets has. Raises ValueError if they differ, or if there are not
+    `num_images` (None: any number).
+    """
+    cameras = {dataset.name: dataset.cameras for dataset in datasets}
+    counts = {len(names) for names in cameras.values()}
+    if len(counts) > 1:
+        raise ValueError(f"the datasets give different numbers of images: {cameras}; name the cameras with cameras=")
+    (count,) = counts
+    if num_images is not None and count != num_images:
         raise ValueError(
-            f"{dataset.name} gives {dataset.action_chunk} actions at a time, training wants {action_chunk}: "
-            f"LeRobot(..., action_chunk={action_chunk}), or write it as RLDS (formats/write_rlds.py)"
+            f"{count} images at a time, of the cameras {cameras}, but this model takes {num_images}; name "
+            f"{num_images} with cameras= (your own data) or --views (datasets of formats/oxe.py)"
         )
-    if len(dataset.cameras) != num_views:
-        raise ValueError(
-            f"{dataset.name} gives {len(dataset.cameras)} images at a time, training wants {num_views}; set --views"
-        )
-    if split == "val":
-        raise ValueError(f"{dataset.name} is an object without a validation split; --val_every 0")
+    return count
 
 
 # -----------------------------------------------------------------------------

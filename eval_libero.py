@@ -124,7 +124,9 @@ def choose_statistics(checkpoint: Checkpoint, cfg: Config) -> str:
 def list_weights(checkpoint: Checkpoint) -> list[tuple]:
     """Return the weight files with size and time, and the base of a LoRA run. Other weights make it another run."""
     weights = []
-    for path in sorted(checkpoint.folder.iterdir()):
+    folders = {checkpoint.folder, checkpoint.adapter or checkpoint.folder}
+    files = [path for folder in sorted(folders) for path in sorted(folder.iterdir())]
+    for path in files:
         if path.suffix in (".safetensors", ".pt"):
             weights.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
     if checkpoint.base:

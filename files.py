@@ -73,19 +73,28 @@ def read_json_lines(path: str | Path) -> list[dict]:
     return rows
 
 
-def read_text(path: str | Path) -> str:
-    """Return the content of a text file. Raises OSError, or ValueError if it is too large or not UTF-8."""
+def read_text(path: str | Path, most: int | None = None) -> str:
+    """
+    Return the content of a text file. most: bytes that it may have, None: MAX_TEXT. Raises OSError, or ValueError if
+    it is too large or not UTF-8.
+    """
     path = Path(path)
     size = path.stat().st_size
-    is_special = path.is_char_device() or path.is_block_device() or path.is_fifo() or path.is_socket()
-    if is_special:  # reading one may wait forever
-        raise ValueError(f"{path}: expected a file, found a device or a pipe; give the file itself")
-    if size > MAX_TEXT:
-        raise ValueError(f"{path}: {size:,} bytes, such a file has at most {MAX_TEXT:,}; copy it again")
+    refuse_special(path)
+    limit = MAX_TEXT if most is None else most
+    if size > limit:
+        raise ValueError(f"{path}: {size:,} bytes, such a file has at most {limit:,}; copy it again")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); copy it again") from None
+
+
+def refuse_special(path: str | Path):
+    """Raise ValueError for a device or a pipe: reading one may wait forever, or never end."""
+    path = Path(path)
+    if path.is_char_device() or path.is_block_device() or path.is_fifo() or path.is_socket():
+        raise ValueError(f"{path}: expected a file, found a device or a pipe; give the file itself")
 
 
 def parse_json(text: str, place: str | Path):

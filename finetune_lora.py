@@ -57,7 +57,7 @@ class Config(train.Config):
 
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build the base checkpoint with adapters, which alone train."""
-    check_token_model(cfg)
+    check_token_model(cfg, datasets)
     model, tokenizer, processor = build_adapted(cfg)
     return Trainee(model, model, tokenizer, processor, export_adapter, exports_whole_model=False)
 

@@ -36,7 +36,7 @@ WHAT_TO_GIVE = (
 class Config(finetune_lora.Config):
     # OFT
     action_chunk: int = 8  # actions per answer: 8 LIBERO, 25 ALOHA, 5 Bridge
-    views: tuple[str, ...] = ("primary", "wrist")  # the cameras, in the order in which the model gets their images
+    views: tuple[str, ...] = ("primary", "wrist")  # cameras of datasets of formats/oxe.py; your own data names its own
     use_proprio: bool = True  # the robot's state as one more token
     oft_state: bool = True
     head: str = "l1"  # l1, diffusion, discrete
@@ -89,7 +89,7 @@ def oft_config(cfg: Config, dataset: RobotDataset) -> OFTConfig:
         action_chunk=cfg.action_chunk,
         action_dim=len(stats["action"]["q01"]),
         proprio_dim=state_dim,
-        num_images=len(cfg.views),
+        num_images=len(dataset.cameras),
         head=cfg.head,
         film=cfg.film,
         scheme=dataset.scheme,

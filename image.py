@@ -18,6 +18,7 @@ done on planes, (3, H, W) float32.
 """
 
 import io
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from files import read_json_object
+from files import read_json_object, refuse_special
 
 # Side of a crop, as a share of the image's: it keeps 90 % of the area, not of the side.
 CROP_SIDE = np.sqrt(np.float32(0.9))
@@ -77,6 +78,7 @@ def to_rgb(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 def read_image(path: str | Path) -> np.ndarray:
     """Read an image file -> (H, W, 3) uint8. Raises FileNotFoundError or ValueError, with the path."""
+    refuse_special(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
             return to_rgb(image)
@@ -131,6 +133,12 @@ def put_on_white(image: np.ndarray) -> np.ndarray:
     return np.round(rgb * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
+def is_color(numbers: tuple) -> bool:
+    """True if these are three finite numbers."""
+    is_numbers = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    return len(numbers) == 3 and is_numbers
+
+
 # -----------------------------------------------------------------------------
 # The model's own processor
 
@@ -178,6 +186,12 @@ class ImageProcessor:
             raise ValueError(f"{path}: not a preprocessor_config.json of OpenVLA ({error!r})") from None
         if processor.strategy not in STRATEGIES:
             raise ValueError(f"{path}: image_resize_strategy is {processor.strategy!r}, known are {STRATEGIES}")
+        if type(processor.size) is not int or not 1 <= processor.size <= 10**4:
+            raise ValueError(f"{path}: input_sizes: images of {processor.size!r:.60} pixels, expected 1 to 10,000")
+        for what, colors in {"mean": processor.means, "std": processor.stds, "fill": (processor.fill,)}.items():
+            for color in colors:
+                if not is_color(color) or (what == "std" and min(color) <= 0):
+                    raise ValueError(f"{path}: {what} is {color!r:.60}, expected a number for each of red, green, blue")
         return processor
 
     def to_dict(self) -> dict:

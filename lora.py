@@ -379,10 +379,11 @@ def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder, or remove it")
     checkpoint = open_checkpoint(run)  # checks all that loading checks, also of the base
-    if not checkpoint.base:
+    if not checkpoint.adapter:
         raise ValueError(f"{run}: nothing to merge, it has no {ADAPTER_CONFIG}; give the folder of a LoRA run")
-    config, adapters = read_adapter(run)
-    warn_other_base(run)
+    config, adapters = read_adapter(checkpoint.adapter)
+    warn_other_base(checkpoint.adapter)
+    checkpoint.check_copied_files()
     weight_files = sorted(set(checkpoint.weight_map.values()))
     check_room(out, weight_files)
 

@@ -22,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 from distributed import is_main_process, total, world_size
-from files import atomic_write
+from files import atomic_write, expect_object, parse_json, read_text
 from model import OpenVLA
 from tokenizer import decode_action, encode_action, is_action_id
 
+MOST_BYTES = 10**9  # of metrics.jsonl
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -230,9 +231,18 @@ class Log:
     def keep_lines_until(self, step: int):
         """Remove the lines of later steps from metrics.jsonl, and one that a kill has cut off."""
         kept = []
-        if self.path.is_file() and step:
-            for line in self.path.read_text().splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line).get("step", 0) <= step:
+        if self.path.exists() and step:
+            text = read_text(self.path, most=MOST_BYTES)
+            whole_lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+            for number, line in enumerate(whole_lines, start=1):
+                place = f"{self.path}, line {number}"
+                metrics = expect_object(parse_json(line, place), place)
+                is_numbers = all(type(value) in (int, float) for value in metrics.values())
+                if not is_numbers or "step" not in metrics:
+                    raise ValueError(
+                        f"{place}: expected a step and other numbers, found {line[:80]!r}; remove the line"
+                    )
+                if metrics["step"] <= step:
                     kept.append(line)
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(kept))

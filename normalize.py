@@ -100,10 +100,18 @@ def warn_constant(stats: dict) -> list[str]:
 
 
 def warn_gripper(stats: dict) -> list[str]:
-    """Return a line if the gripper, which is not normalised, goes beyond 0 and 1: all of it would fall into one bin."""
+    """
+    Return a line if the gripper, which is not normalised, goes beyond 0 and 1, so that all of it would fall into one
+    bin; or if it never reaches 0.5, from where on a robot opens it.
+    """
     has_gripper = not action_mask(stats)[-1]
     low = stats["min"][-1]
     high = stats["max"][-1]
-    if not has_gripper or (low >= -0.01 and high <= 1.01):
+    is_beyond = low < -0.01 or high > 1.01
+    never_opens = low < high < 0.5
+    if not has_gripper or not (is_beyond or never_opens):
         return []
-    return [f"the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open)"]
+    return [
+        f"the gripper is {low:.3g} ... {high:.3g}, but should be 0 (closed) ... 1 (open): scale it with standardize=, "
+        f"or say gripper=False if the last dimension is none"
+    ]

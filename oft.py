@@ -32,6 +32,7 @@ import copy
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -613,11 +614,17 @@ def load_oft(
     # The OpenVLA.
     vla = copy.deepcopy(checkpoint.skeleton)
     vla.load_weights(checkpoint.weight_map, dtype, device, progress)
-    if checkpoint.base:
-        load_adapter(vla, folder)
+    if checkpoint.adapter:
+        load_adapter(vla, checkpoint.adapter)
 
-    # The components.
     model = OFT(vla, cfg)
+    load_components(model, folder)
+    return model.to(device, dtype).eval()
+
+
+def load_components(model: OFT, folder: Path):
+    """Load the parts that OFT adds. Raises ValueError, naming the file, if one is missing or does not fit."""
+    cfg = model.oft
     for name, is_needed in needed_components(cfg).items():
         tensors = read_component(folder, name)
         if is_needed and tensors is None:
@@ -629,12 +636,20 @@ def load_oft(
 
         try:
             if name == "vision_backbone":
-                load_vision_backbone(vla, tensors)
+                load_vision_backbone(model.vla, tensors)
             else:
                 getattr(model, name).load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"{folder}, {name}: {error}") from None
-    return model.to(device, dtype).eval()
+
+
+def check_components(checkpoint: Checkpoint):
+    """Raise ValueError, as `load_oft` does, if oft_config.json or a component is missing or does not fit."""
+    with torch.device("meta"):
+        model = OFT(copy.deepcopy(checkpoint.skeleton), read_record(checkpoint.folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that a model without memory keeps no weights
+        load_components(model, checkpoint.folder)
 
 
 def load_vision_backbone(vla: OpenVLA, tensors: dict[str, Tensor]):

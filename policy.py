@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import Checkpoint, check_export, open_checkpoint
+from checkpoint import OFFICIAL_ADAPTER, OFT_RECORD, Checkpoint, check_export, open_checkpoint
 from image import JPEG, ImageProcessor, center_crop, decode, encode_jpeg, resize_lanczos3, to_rgb
 from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
@@ -31,8 +31,8 @@ from speed.engine import Engine
 from speed.quantize import load_quantized
 from tokenizer import PAD, Tokenizer, decode_action, encode_action, is_action_id, pad_sequences
 
-# Name and unit of each dimension of an end-effector action. Gripper: 1 open, 0 closed.
-UNITS = [("dx", "m"), ("dy", "m"), ("dz", "m"), ("droll", "rad"), ("dpitch", "rad"), ("dyaw", "rad"), ("gripper", "")]
+# The unit of each dimension of an end-effector action. Gripper: 1 open, 0 closed.
+UNITS = {"dx": "m", "dy": "m", "dz": "m", "droll": "rad", "dpitch": "rad", "dyaw": "rad", "gripper": ""}
 
 
 @dataclass
@@ -102,6 +102,7 @@ def load_policy(
     if dtype is None:
         dtype = checkpoint.stored_dtype if device == "cpu" else torch.bfloat16
 
+    warn_hidden_oft(checkpoint)
     if checkpoint.is_oft:
         model = load_oft(checkpoint, dtype, device, progress=progress)
     elif checkpoint.quantization:
@@ -109,11 +110,26 @@ def load_policy(
     else:
         model = copy.deepcopy(checkpoint.skeleton)
         model.load_weights(checkpoint.weight_map, dtype, device, progress)
-        if checkpoint.base:
-            load_adapter(model, checkpoint.folder)
-    if checkpoint.base:
-        check_export(checkpoint.folder)  # again: a run may have exported anew while the files were read
+        if checkpoint.adapter:
+            load_adapter(model, checkpoint.adapter)
+    if checkpoint.adapter:
+        check_export(checkpoint.adapter)  # again: a run may have exported anew while the files were read
     return Policy(model, tokenizer, processor, checkpoint.norm_stats, str(checkpoint.folder))
+
+
+def warn_hidden_oft(checkpoint: Checkpoint):
+    """
+    Warn if what looks like a token model was trained by the official OFT script. A discrete head and no state leave
+    none of the files that tell.
+    """
+    has_official_adapter = (checkpoint.folder / OFFICIAL_ADAPTER).is_dir()
+    if has_official_adapter and not checkpoint.is_oft:
+        warnings.warn(
+            f"{checkpoint.folder} comes from the official OFT script ({OFFICIAL_ADAPTER}/) and has no {OFT_RECORD}, so "
+            f"it is run as a token model, one action at a time. It answers with chunks once that file is there "
+            f"(docs/oft.md)",
+            stacklevel=3,
+        )
 
 
 def pick_device(name: str) -> str:
@@ -413,6 +429,22 @@ def finite_numbers(values) -> np.ndarray | None:
         return None
     is_good = numbers.ndim == 1 and len(numbers) > 0 and np.isfinite(numbers).all()
     return numbers if is_good else None
+
+
+def action_dimensions(entry: dict) -> list[tuple[str, str]]:
+    """
+    Return name and unit of each dimension of the actions of a dataset. entry: its statistics. Without a record, seven
+    dimensions are those of the end effector, as in the released checkpoints.
+    """
+    num_dims = len(entry["action"]["q01"])
+    names = [f"a{i}" for i in range(num_dims)]
+    if num_dims == len(UNITS):
+        names = list(UNITS)
+    recorded = entry.get("action_names")
+    if isinstance(recorded, list) and len(recorded) == num_dims:
+        names = [str(name) for name in recorded]
+    is_end_effector = names == list(UNITS)
+    return [(name, UNITS[name] if is_end_effector else "") for name in names]
 
 
 def action_stats(norm_stats: dict, unnorm_key: str, checkpoint: str) -> dict:

@@ -35,13 +35,13 @@ def show_progress(items: Iterable, title: str, unit: str = "", total: int | None
 
 
 def progress_line(title: str, unit: str, done: int, total: int | None, seconds: float) -> str:
-    """Return a line such as "indexing: 120 of 400 files, 35 s left"."""
+    """Return a line such as "indexing: 120 of 400 MB, 12 MB/s, 23 s left"."""
     if not total:
         return f"{title}: {done} {unit}, {seconds:.0f} s"
-    left = f", {seconds / done * (total - done):.0f} s left" if done else ""
+    left = f", {done / seconds:.3g} {unit}/s, {seconds / done * (total - done):.0f} s left" if done else ""
     return f"{title}: {done} of {total} {unit}{left}"
 
 
-def no_progress(items: Iterable, title: str = "", unit: str = "") -> Iterable:
+def no_progress(items: Iterable, title: str = "", unit: str = "", total: int | None = None) -> Iterable:
     """Return the items as they are: the silent default of functions that take `progress`."""
     return items

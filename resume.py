@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from checkpoint import EXPORT_RECORD
 from distributed import barrier, is_main_process
-from files import read_json_object, write_json
+from files import read_json_object, refuse_special, write_json
 from formats.dataset import HOLD_OUT
 from model import INDEX
 
@@ -237,8 +237,11 @@ def asdict_shallow(cfg) -> dict:
 # can name any function of Python and have it called. So only the classes that describe tensors are let through.
 
 
-class DataOnlyUnpickler(pickle.Unpickler):
-    """Read a pickle that holds nothing but the description of tensors. Raises UnpicklingError for anything else."""
+class DataOnlyUnpickler(pickle._Unpickler):
+    """
+    Read a pickle that holds nothing but the description of tensors. Raises UnpicklingError for anything else. This is
+    the unpickler in Python: with that in C, a file of eight bytes can take all memory (it numbers an object 2**31).
+    """
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {
@@ -270,6 +273,7 @@ class DataOnlyReader(FileSystemReader):
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         path = Path(self.path) / ".metadata"
+        refuse_special(path)
         try:
             with open(path, "rb") as file:
                 metadata = DataOnlyUnpickler(file).load()
@@ -335,7 +339,7 @@ def check_same_run(folder: Path, cfg, statistics: dict):
     FIXED_ON_RESUME. Print what else has changed.
     """
     before = read_train_record(folder)
-    if without_scheme(before["statistics"]) != without_scheme(statistics):
+    if without_notes(before["statistics"]) != without_notes(statistics):
         raise ValueError(
             f"{folder}: trained with statistics of {sorted(before['statistics'])} that are not those of the data now, "
             f"{sorted(statistics)}; give the same data, or --resume never to start anew"
@@ -379,11 +383,12 @@ def check_same_base(folder: Path, base_checkpoint: str, base: str):
         )
 
 
-def without_scheme(statistics: dict) -> dict:
-    """Return statistics without their `scheme` entry, which older runs did not write."""
+def without_notes(statistics: dict) -> dict:
+    """Return statistics without what older runs did not write beside them."""
+    notes = ("scheme", "action_names")
     without = {}
     for name, entry in statistics.items():
-        without[name] = {key: value for key, value in entry.items() if key != "scheme"}
+        without[name] = {key: value for key, value in entry.items() if key not in notes}
     return without
 
 

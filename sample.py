@@ -24,8 +24,8 @@ from configurator import configure, fail
 from image import to_rgb
 from oft import read_record
 from policy import (
-    UNITS,
     Policy,
+    action_dimensions,
     check_dimensions,
     check_length,
     choose_key,
@@ -100,7 +100,8 @@ def main(cfg: Config):
         titles = [f"{instructions[0]}, step {i + 1}" for i in range(len(actions))]
     else:
         titles = [f"{Path(path).name}: {text}" for path, text in zip(cfg.image, instructions, strict=True)]
-    print_actions(titles, actions)
+    dimensions = action_dimensions(checkpoint.norm_stats[unnorm_key])
+    print_actions(titles, actions, dimensions)
     print(f"loaded in {seconds['load']} s, acted in {seconds['act']} s on {device}")
 
 
@@ -137,14 +138,13 @@ def ask(policy: Policy, images: list, instructions: list[str], cfg: Config) -> n
     return chunks[0]
 
 
-def print_actions(titles: list[str], actions: np.ndarray):
-    """Print each action (A,) below its title, a line for each dimension with its unit."""
-    A = actions.shape[1]
-    names = UNITS if A == len(UNITS) else [(f"a{i}", "") for i in range(A)]
+def print_actions(titles: list[str], actions: np.ndarray, dimensions: list[tuple[str, str]]):
+    """Print each action (A,) below its title, a line for each dimension: name, value, unit."""
+    width = max(8, *(len(name) for name, _ in dimensions))
     for title, action in zip(titles, actions, strict=True):
         print(title)
-        for (name, unit), value in zip(names, action, strict=True):
-            print(f"  {name:8s} {value:+.6f} {unit}")
+        for (name, unit), value in zip(dimensions, action, strict=True):
+            print(f"  {name:{width}s} {value:+.6f} {unit}")
 
 
 if __name__ == "__main__":

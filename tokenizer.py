@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from protobuf import fixed32, integer, message
+
 UNK = 0  # <unk>
 BOS = 1  # <s>
 EOS = 2  # </s>
@@ -186,6 +188,13 @@ def pad_sequences(sequences: list, value: int) -> tuple[torch.Tensor, torch.Tens
 # -----------------------------------------------------------------------------
 # A stand-in for Llama's tokenizer
 
+# The kinds of pieces, by their numbers in sentencepiece_model.proto of github.com/google/sentencepiece
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+UNUSED = 5
+BYTE = 6
+
 
 def make_standin(path: str | Path, words: tuple = ()):
     """
@@ -194,8 +203,6 @@ def make_standin(path: str | Path, words: tuple = ()):
 
     It is for toy worlds and tests, where Llama's own may not be given away. Models trained with it need it.
     """
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
-
     prompt_words = PROMPT.split("{")[0].split()
     whole_words = [f"▁{word}" for word in (*prompt_words, *words)]  # ▁ is the blank in front of a word
     whole_words.append("Out:")  # follows a newline, not a blank
@@ -207,41 +214,38 @@ def make_standin(path: str | Path, words: tuple = ()):
     pieces += [f"<unused{i}>" for i in range(len(pieces), VOCAB_SIZE)]
     pieces[BLANK] = "▁"
 
-    model = protobuf.ModelProto()
-    piece_types = protobuf.ModelProto.SentencePiece.Type
+    # Fields have numbers, too, in sentencepiece_model.proto.
+    model = bytearray()
     for i, piece in enumerate(pieces):
         score = -1.0 if piece in whole_words else -10.0  # a whole word beats its letters
-        model.pieces.add(piece=piece, score=score, type=piece_types.Value(piece_type(i, piece)))
-    model.trainer_spec.MergeFrom(
-        protobuf.TrainerSpec(
-            model_type=protobuf.TrainerSpec.UNIGRAM,
-            vocab_size=VOCAB_SIZE,
-            byte_fallback=True,
-            pad_id=-1,  # none: OpenVLA adds <PAD> behind the vocabulary
-        )
-    )
-    model.normalizer_spec.MergeFrom(
-        protobuf.NormalizerSpec(
-            name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            escape_whitespaces=True,
-        )
-    )
-    Path(path).write_bytes(model.SerializeToString())
+        model += message(1, message(1, piece.encode()) + fixed32(2, score) + integer(3, piece_type(i, piece)))
+    trainer_spec = [
+        integer(3, 1),  # model_type: UNIGRAM
+        integer(4, VOCAB_SIZE),
+        integer(35, True),  # byte_fallback
+        integer(43, -1),  # pad_id: none, OpenVLA adds <PAD> behind the vocabulary
+    ]
+    normalizer_spec = [
+        message(1, b"identity"),  # name
+        integer(3, True),  # add_dummy_prefix
+        integer(4, False),  # remove_extra_whitespaces
+        integer(5, True),  # escape_whitespaces
+    ]
+    model += message(2, b"".join(trainer_spec)) + message(3, b"".join(normalizer_spec))
+    Path(path).write_bytes(model)
 
 
-def piece_type(i: int, piece: str) -> str:
-    """Return what sentencepiece calls the kind of piece number i in Llama-2's layout."""
+def piece_type(i: int, piece: str) -> int:
+    """Return the kind of piece number i in Llama-2's layout."""
     if i == UNK:
-        return "UNKNOWN"
+        return UNKNOWN
     if i <= EOS:
-        return "CONTROL"  # <s> and </s>
+        return CONTROL  # <s> and </s>
     if i <= EOS + 256:
-        return "BYTE"
+        return BYTE
     if piece.startswith("<unused"):
-        return "UNUSED"
-    return "NORMAL"
+        return UNUSED
+    return NORMAL
 
 
 # -----------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from checkpoint import fingerprint, open_checkpoint
+from checkpoint import Checkpoint, fingerprint, open_checkpoint
 from configurator import configure, fail
-from data import Mixture, Positions, check_object, make_loader, open_mixture
+from data import Mixture, Positions, check_cameras, make_loader, name_of_mixture, needs_folder, open_mixture
 from distributed import (
     barrier,
     exit_cleanly,
@@ -41,12 +41,12 @@ from distributed import (
     world_size,
 )
 from files import atomic_write, write_json
-from formats import oxe
-from formats.dataset import HOLD_OUT, RobotDataset
+from formats.dataset import END_EFFECTOR, HOLD_OUT, RobotDataset
+from formats.faults import find_faults, read_numbers
 from image import CROPPED, WHOLE, ImageProcessor
 from metrics import Log, Window, count_errors, plot_curves
 from model import INDEX, OpenVLA, OpenVLAConfig
-from normalize import SCHEME, warn_constant, warn_gripper
+from normalize import SCHEME
 from progress import no_progress, show_progress
 from resume import (
     archive_later_checkpoints,
@@ -77,8 +77,8 @@ WHAT_TO_GIVE = (
 class Config:
     # Data
     data_root_dir: str = ""  # folder with one RLDS folder per dataset
-    data_mix: Any = "bridge"  # mixture or dataset of formats/oxe.py, or [(a name, row or dataset object, weight)]
-    views: tuple[str, ...] = ("primary",)  # the cameras, in the order in which the model gets their images
+    data_mix: Any = "bridge"  # mixture or dataset of formats/oxe.py; or your own, or a list: see data.parse_mixture
+    views: tuple[str, ...] = ("primary",)  # cameras of datasets of formats/oxe.py; your own data names its own
     action_chunk: int = 1  # actions that the model learns to answer with
     oft_state: bool = False  # read the robot's state as OpenVLA-OFT does: without the pad column of LIBERO
     image_aug: bool = True  # random 90 % crops and colours; the checkpoint then asks for centre crops
@@ -140,7 +140,7 @@ class Trainee:
 
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build a model whose own weights train, in float32, frozen where `train_parts` says so."""
-    check_token_model(cfg)
+    check_token_model(cfg, datasets)
     model, tokenizer, processor = load_or_create(cfg)
     freeze(model.float(), cfg.train_parts)
     return Trainee(model, model, tokenizer, processor, export_model)
@@ -154,6 +154,7 @@ def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     if cfg.base_checkpoint:
         checkpoint = open_checkpoint(cfg.base_checkpoint)
         checkpoint.refuse_quantized()
+        refuse_parts(checkpoint)
         tokenizer = checkpoint.tokenizer
         if cfg.tokenizer:
             tokenizer = Tokenizer(cfg.tokenizer, prompt_for(checkpoint.config.extra))
@@ -174,6 +175,20 @@ def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     return OpenVLA(config).init_weights(cfg.seed), tokenizer, processor
 
 
+def refuse_parts(checkpoint: Checkpoint):
+    """Raise ValueError for a folder that holds more than the model: its adapter or action head would get lost."""
+    if checkpoint.adapter:
+        raise ValueError(
+            f"--base_checkpoint {checkpoint.folder} is a LoRA run; merge it first: python convert_weights.py merge-lora "
+            f"{checkpoint.folder} OUT"
+        )
+    if checkpoint.is_oft:
+        raise ValueError(
+            f"--base_checkpoint {checkpoint.folder} is an OFT policy, whose action head would get lost; give the token "
+            f"model that it was trained from"
+        )
+
+
 def freeze(model: OpenVLA, parts: str):
     """
     Set requires_grad for one of the paper's ways to train (table 1; prismatic/models/vlms/prismatic.py). The table
@@ -192,12 +207,12 @@ def freeze(model: OpenVLA, parts: str):
         module.requires_grad_(True)
 
 
-def check_token_model(cfg: Config):
+def check_token_model(cfg: Config, datasets: list[RobotDataset]):
     """Raise ValueError for what only an OFT can learn."""
-    if len(cfg.views) != 1 or cfg.action_chunk != 1:
+    check_cameras(datasets, num_images=1)
+    if cfg.action_chunk != 1:
         raise ValueError(
-            f"--views {' '.join(cfg.views)} --action_chunk {cfg.action_chunk}: this model takes one image and answers "
-            f"with one action; finetune_oft.py trains one for more"
+            f"--action_chunk {cfg.action_chunk}: this model answers with one action; finetune_oft.py trains for more"
         )
 
 
@@ -235,9 +250,10 @@ def prepare_batch(batch: dict, trainee: Trainee, device: str) -> dict:
     return {**batch, "pixel_values": torch.cat(views, dim=1).to(dtype)}
 
 
-def room_for_text(vla: OpenVLA, cfg: Config) -> int:
+def room_for_text(vla: OpenVLA, data: list[tuple[RobotDataset, float]]) -> int:
     """Return how many tokens of a sample are left for instruction and action: the context, less images and a state."""
-    images_and_state = len(cfg.views) * vla.cfg.num_patches + 1
+    num_images = check_cameras([dataset for dataset, _ in data])
+    images_and_state = num_images * vla.cfg.num_patches + 1
     return vla.cfg.text.max_position_embeddings - images_and_state
 
 
@@ -316,7 +332,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         seed=cfg.seed,
         image_aug=cfg.image_aug,
         action_chunk=cfg.action_chunk,
-        max_tokens=room_for_text(trainee.vla, cfg),
+        max_tokens=room_for_text(trainee.vla, train_data),
     )
     positions = Positions(cfg.batch_size, cfg.micro_batch_size, process, world, step)
     batches = iter(make_loader(mixture, positions, cfg.num_workers, pin_memory=has_cuda))
@@ -412,7 +428,7 @@ def validate(trainee: Trainee, val_data: list, cfg: Config, device: str) -> dict
         cfg.seed,
         image_aug=False,
         action_chunk=cfg.action_chunk,
-        max_tokens=room_for_text(trainee.vla, cfg),
+        max_tokens=room_for_text(trainee.vla, val_data),
     )
     window = Window(len(val_data), device)
     trainee.model.eval()
@@ -472,9 +488,9 @@ def print_start(datasets: list[RobotDataset], num_trained: int, num_parameters: 
         f"{len(datasets)} datasets, from step {step}"
     )
     for dataset in datasets:
-        action = dataset.statistics["action"]
-        for line in warn_constant(action) + warn_gripper(action):
-            print(f"warning: {dataset.name}: {line}")
+        for finding in find_faults(read_numbers(dataset, max_instructions=1000)):
+            if finding.is_wrong:
+                print(f"warning: {dataset.name}: {finding.text}")
 
 
 # -----------------------------------------------------------------------------
@@ -485,7 +501,7 @@ def run_folder(cfg: Config) -> Path:
     """The folder of the run: run_dir, or runs/ and the name of the data mix."""
     if cfg.run_dir:
         return Path(cfg.run_dir)
-    return Path("runs") / (cfg.data_mix if isinstance(cfg.data_mix, str) else "mine")
+    return Path("runs") / name_of_mixture(cfg.data_mix)
 
 
 def check_config(cfg: Config, world: int):
@@ -528,7 +544,7 @@ def check_config(cfg: Config, world: int):
         raise ValueError(
             f"batch_size {cfg.batch_size} is no multiple of micro_batch_size {cfg.micro_batch_size} x {world} processes"
         )
-    if not cfg.data_root_dir and isinstance(cfg.data_mix, str):
+    if not cfg.data_root_dir and needs_folder(cfg.data_mix):
         raise ValueError(
             "--data_root_dir DIR is missing, the folder with the data; docs/your-data.md says where to get some, "
             "`python quickstart.py` makes its own and needs none"
@@ -571,8 +587,8 @@ def open_data(cfg: Config) -> tuple[list, list]:
 
 
 def open_split(cfg: Config, split: str, progress: Callable = no_progress) -> list[tuple[RobotDataset, float]]:
-    """Return [(dataset, weight)] of one split. Raises ValueError for a dataset object that gives something else."""
-    parts = open_mixture(
+    """Return [(dataset, weight)] of one split."""
+    return open_mixture(
         cfg.data_root_dir,
         cfg.data_mix,
         split=split,
@@ -583,21 +599,19 @@ def open_split(cfg: Config, split: str, progress: Callable = no_progress) -> lis
         oft_state=cfg.oft_state,
         progress=progress,
     )
-    if not isinstance(cfg.data_mix, str):
-        for what, _ in cfg.data_mix:
-            if not isinstance(what, str | oxe.Dataset):
-                check_object(what, split, len(cfg.views), cfg.action_chunk)
-    return parts
 
 
 def statistics_entry(dataset: RobotDataset) -> dict:
     """
-    Return the statistics of a dataset as its checkpoint keeps them. They do not tell which of them became -1 and +1,
-    so that is written down where it is not q01 and q99.
+    Return the statistics of a dataset as its checkpoint keeps them. They tell neither which of them became -1 and +1,
+    nor what the dimensions are, so both are written down where they are not q01 and q99, and the end effector's.
     """
-    if dataset.scheme == SCHEME:
-        return dataset.statistics
-    return {**dataset.statistics, "scheme": dataset.scheme}
+    entry = dict(dataset.statistics)
+    if dataset.scheme != SCHEME:
+        entry["scheme"] = dataset.scheme
+    if dataset.action_names != END_EFFECTOR:
+        entry["action_names"] = list(dataset.action_names)
+    return entry
 
 
 # -----------------------------------------------------------------------------

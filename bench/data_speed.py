@@ -22,7 +22,7 @@ from PIL import Image
 
 from bench.common import Config, process_tree, report, run_fresh, tree_mb
 from data import Mixture, Positions, make_loader, open_mixture
-from formats.rlds import find_dataset, read_records
+from formats.tfrecord import find_dataset, read_records
 from formats.write_rlds import write_tfrecord
 from image import decode, resize_lanczos3
 from tokenizer import Tokenizer, make_standin

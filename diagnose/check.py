@@ -30,16 +30,16 @@ import torch.nn.functional as F
 
 from checkpoint import open_checkpoint
 from configurator import configure, fail, read_config_file
-from data import open_mixture, to_image
-from diagnose.look import decode_picture, episode_starts, look, spread
-from formats import oxe
+from data import needs_folder, open_mixture, to_image
+from diagnose.look import decode_picture, look
 from formats.dataset import RobotDataset
+from formats.faults import episode_starts, spread
 from image import center_crop
 from metrics import import_pyplot, plot_actions
 from normalize import action_mask, normalize, unnormalize
 from policy import (
-    UNITS,
     Policy,
+    action_dimensions,
     action_stats,
     load_policy,
     pick_device,
@@ -430,7 +430,8 @@ def check_policy(policy: Policy, dataset: RobotDataset, cfg: Config) -> int:
     answers = unnormalize(predicted, stats, dataset.scheme)  # (N, A) in robot units
     rows = rows_of_episodes(episodes)
     print_errors(tokens, answers, frames, rows)
-    show_worst_episodes(Path(cfg.out) / "policy.png", predicted, answers, frames, rows)
+    dimensions = action_dimensions({**dataset.statistics, "action_names": list(dataset.action_names)})
+    show_worst_episodes(Path(cfg.out) / "policy.png", predicted, answers, frames, rows, dimensions)
     return failed
 
 
@@ -449,7 +450,14 @@ def print_errors(tokens: np.ndarray, answers: np.ndarray, frames: Frames, episod
         print(f"     L1 per dimension, {title:12s}{numbers}")
 
 
-def show_worst_episodes(path: Path, predicted: np.ndarray, answers: np.ndarray, frames: Frames, episodes: list[slice]):
+def show_worst_episodes(
+    path: Path,
+    predicted: np.ndarray,
+    answers: np.ndarray,
+    frames: Frames,
+    episodes: list[slice],
+    dimensions: list[tuple[str, str]],
+):
     """Print the three episodes with the largest errors, and plot the first six."""
     errors = np.abs(predicted - frames.targets)  # (N, A)
     worst_first = sorted(episodes, key=lambda rows: -errors[rows].mean())
@@ -458,10 +466,7 @@ def show_worst_episodes(path: Path, predicted: np.ndarray, answers: np.ndarray, 
         instruction = frames.instructions[rows.start]
         print(f"     frames {numbers[0]} to {numbers[-1]}: L1 {errors[rows].mean():.4f}, {instruction!r}")
 
-    A = frames.num_tokens
-    names = [f"a{i}" for i in range(A)]
-    if A == len(UNITS):
-        names = [f"{name} ({unit})" if unit else name for name, unit in UNITS]
+    names = [f"{name} ({unit})" if unit else name for name, unit in dimensions]
     pairs = [(frames.actions[rows], answers[rows]) for rows in worst_first[:6]]
     plot_actions(path, pairs, dict(enumerate(names)))
     print(f"     {path}: what the data does and what the policy answers, worst episodes first")
@@ -586,6 +591,10 @@ ADVICE = {
         "remedy": "turn and scale it in the dataset's standardise function (formats/oxe.py); all is well if this robot "
         "starts with it closed",
     },
+    "state": {
+        "why": "a policy that gets it learns nothing from it",
+        "remedy": "leave it out of `state`, or find out why it was not recorded",
+    },
     "idle": {
         "why": "a policy that stood still once sees the same image again, and stands still for ever",
         "remedy": "leave steps out in which nothing moves, as LIBERO's no_noops sets do",
@@ -676,13 +685,6 @@ def fill_from_training_config(cfg: Config) -> Config:
         data_mix=cfg.data_mix or settings.get("data_mix", ""),
         data_root_dir=cfg.data_root_dir or settings.get("data_root_dir", ""),
     )
-
-
-def needs_folder(data_mix) -> bool:
-    """True if a data mix has datasets that lie in --data_root_dir, and not only dataset objects."""
-    if isinstance(data_mix, str):
-        return True
-    return any(isinstance(part, str | oxe.Dataset) for part, _ in data_mix)
 
 
 def open_data(cfg: Config) -> list[tuple[RobotDataset, float]]:

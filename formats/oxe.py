@@ -3,7 +3,7 @@ Open X-Embodiment (OXE): which robot datasets exist, how each one is laid out, a
 
 Every dataset stores robot data in its own way: other camera names, grippers that open at 0, at 1 or by relative
 commands, rotations as quaternions, instructions as code points. This file is the lookup table that turns any of them
-into one form. It needs only numpy and reads no files; rlds.py reads the records. From top to bottom:
+into one form. It reads no files; rlds.py reads the records. From top to bottom:
 
     arithmetic of grippers and rotations
     one standardise function for each raw layout
@@ -28,7 +28,7 @@ Your own dataset, in a config file (give `standardize=` a function if your actio
 
     from formats import oxe
 
-    row = oxe.Dataset(name="my_robot", primary="front_camera", wrist="wrist_camera", state=("joints",))
+    row = oxe.Dataset(name="my_robot", cameras=("front_camera", "wrist_camera"), state=("joints",))
     data_mix = [(row, 1.0)]                            # reads DIR/my_robot/1.0.0, see --data_root_dir
 
 Open X-Embodiment: https://arxiv.org/abs/2310.08864, OpenVLA: https://arxiv.org/abs/2406.09246, OpenVLA-OFT:
@@ -44,6 +44,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from formats.dataset import as_names, name_actions
 
 Trajectory = dict[str, Any]
 
@@ -634,8 +636,17 @@ class Dataset:
     action_encoding: what the action means, see ABSOLUTE_ACTION_MASK.
     swap_images: two observation keys whose images are exchanged at random, see `standardize` below.
     keep_frames: maps a standardised AND normalised trajectory to a mask (T,) of the frames to train on; None: all.
-    name: of a row of your own, as it stands in `data_mix`: the name of the dataset's folder, under which its statistics
-        are stored. The rows of DATASETS need none: there it is the key.
+
+    For a row of your own, as it stands in `data_mix`, the words of LeRobot folders and Samples hold, too:
+
+    name: of the dataset's folder, under which its statistics are stored. In DATASETS it is the key.
+    cameras: the observation keys of the images, in the order in which the model gets them, instead of `primary` ...
+    action: the keys of the actions, which are joined; "a/b" is key b of the dict a. (): "action".
+    gripper: False if the last dimension of the action is no gripper; then it is normalised, too.
+    absolute: True if actions are targets, such as joint angles, and not changes.
+        With one of these two an action may have any number of dimensions, else it is as `action_encoding` says.
+    episodes: the numbers of the training episodes to use, in the order of the files; None: all.
+    train_split, val_split: what the splits for training and for validation are called in dataset_info.json.
 
     Raises ValueError for an unknown encoding and TypeError for a `state` that is a bare string.
     """
@@ -655,11 +666,22 @@ class Dataset:
     swap_images: tuple[str, str] | None = None
     keep_frames: Callable[[Trajectory], np.ndarray] | None = None
     name: str = ""
+    cameras: tuple[str, ...] = ()
+    action: tuple[str, ...] = ()
+    gripper: bool | None = None
+    absolute: bool | None = None
+    episodes: tuple[int, ...] | None = None
+    train_split: str = "train"
+    val_split: str = "val"
 
     def __post_init__(self):
         if isinstance(self.state, str):
             raise TypeError(f'state must be a tuple of keys, write state=("{self.state}",)')
         object.__setattr__(self, "state", tuple(self.state))  # a list is fine too
+        object.__setattr__(self, "cameras", as_names(self.cameras))
+        object.__setattr__(self, "action", as_names(self.action))
+        if self.episodes is not None:
+            object.__setattr__(self, "episodes", tuple(self.episodes))
         if self.action_encoding not in ABSOLUTE_ACTION_MASK:
             raise ValueError(f"action_encoding {self.action_encoding!r} is none of {list(ABSOLUTE_ACTION_MASK)}")
         if self.state_encoding not in STATE_ENCODINGS:
@@ -668,6 +690,8 @@ class Dataset:
     @property
     def images(self) -> dict[str, str | None]:
         """View name -> observation key, or None where the dataset has no such view."""
+        if self.cameras:
+            return {camera: camera for camera in self.cameras}
         return {view: getattr(self, view) for view in ("primary", "secondary", "wrist", "left_wrist", "right_wrist")}
 
     @property
@@ -688,9 +712,30 @@ class Dataset:
         return tuple(key for key in self.state if key is not None)
 
     @property
-    def action_dim(self) -> int:
-        """7, 10 (EEF_R6), 8 (JOINT_POS) or 14 (two arms)."""
-        return len(self.absolute_action_mask)
+    def has_own_action(self) -> bool:
+        """True if `gripper` and `absolute` say what an action is, and not `action_encoding`."""
+        return self.gripper is not None or self.absolute is not None
+
+    @property
+    def action_dim(self) -> int | None:
+        """7, 10 (EEF_R6), 8 (JOINT_POS) or 14 (two arms); None: any number."""
+        return None if self.has_own_action else len(self.absolute_action_mask)
+
+    def action_masks(self, num_dims: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Return which of an action's dimensions are absolute, and which are normalised."""
+        if not self.has_own_action:
+            return self.absolute_action_mask, self.action_normalization_mask
+        gripper = self.gripper is not False
+        absolute = bool(self.absolute)
+        return (absolute,) * (num_dims - 1) + (absolute or gripper,), (True,) * (num_dims - 1) + (not gripper,)
+
+    def action_names(self, num_dims: int) -> tuple[str, ...]:
+        """Return the names of an action's dimensions, see formats/dataset.py."""
+        if self.has_own_action:
+            return name_actions(num_dims, self.gripper is not False, bool(self.absolute))
+        is_end_effector = self.action_encoding == "EEF_POS"
+        has_gripper = self.action_encoding != "JOINT_POS_BIMANUAL"
+        return name_actions(num_dims, has_gripper, absolute=not is_end_effector)
 
     @property
     def scheme(self) -> str:
@@ -991,6 +1036,8 @@ def standardize(dataset: str | Dataset, trajectory: Trajectory, rng: np.random.G
     """
     row = lookup(dataset) if isinstance(dataset, str) else dataset
     try:
+        if row.action:
+            trajectory = updated(trajectory, action=join_action(trajectory, row.action))
         new = row.standardize(trajectory)
         if row.swap_images and rng is not None and rng.random() <= 0.5:
             one, two = row.swap_images
@@ -1003,6 +1050,18 @@ def standardize(dataset: str | Dataset, trajectory: Trajectory, rng: np.random.G
         problem = f"has another layout ({error})"
         raise KeyError(layout_message(dataset, trajectory, problem)) from error
     return new
+
+
+def join_action(trajectory: Trajectory, keys: tuple[str, ...]) -> np.ndarray:
+    """Return the actions under some keys of a raw trajectory, side by side, (T, A)."""
+    columns = []
+    for key in keys:
+        parts = [key] if key in trajectory else key.split("/")
+        column = trajectory
+        for part in parts:
+            column = column[part]
+        columns.append(column.reshape(len(column), -1))
+    return cat(*columns)
 
 
 def layout_message(dataset: str | Dataset, trajectory: Trajectory, problem: str) -> str:

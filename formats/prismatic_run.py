@@ -224,6 +224,7 @@ def infer_config(path: Path, tensors: dict[str, Tensor], run: dict) -> OpenVLACo
         text = infer_llama(shapes, given_text)
         config = OpenVLAConfig(vision, text, extra_config(base))
         check_shapes(shapes, config)
+        OpenVLAConfig.from_dict(config.to_dict())  # checks what tensors do not tell, as loading will
     except OptionNeeded as error:
         raise OptionNeeded(f"{path}: {error}") from None
     except KeyError as error:

@@ -5,18 +5,21 @@ Write demonstrations as an RLDS dataset: a folder that TensorFlow Datasets opens
 
 An episode is a dict of
 
-    action         (T, A) float32
+    action         (T, A) numbers, stored as float32
     instruction    str
-    image, ...     images by the name of their camera, (T or T + 1, H, H, 3) uint8, or JPEGs (then see `write_examples`)
-    state, ...     vectors by any name, (T, S) float32
+    image, ...     images by the name of their camera, (T or T + 1, H, W, 3) uint8, or a list of as many JPEGs
+    state, ...     vectors by any name, (T or T + 1, S) numbers, stored as float32
+
+All episodes have the same keys and shapes. What does not fit is refused, with the episode and the key.
 
     episode -> encode_episode -> a tf.train.Example -> write_tfrecord -> NAME-SPLIT.tfrecord-00000-of-00014
 
 RLDS https://arxiv.org/abs/2111.02767, tfrecord and tf.train.Example as in tensorflow/core/lib/io/record_writer.h and
 tensorflow/core/example/example.proto.
-Axes: T steps of an episode, A dimensions of an action, S of a state, H = W side of an image.
+Axes: T steps of an episode, A dimensions of an action, S of a state, H and W height and width of an image.
 """
 
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -26,30 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from files import write_json
-from formats.rlds import masked_crc32c
-from image import encode_jpeg
+from formats.tfrecord import masked_crc32c
+from image import decode, encode_jpeg
+from protobuf import message
 
 VERSION = "1.0.0"
-
-
-# -----------------------------------------------------------------------------
-# Protocol buffers
-
-
-def varint(n: int) -> bytes:
-    """Return n >= 0 as bytes of seven bits each, the lowest first. The top bit of a byte says that another follows."""
-    encoded = bytearray()
-    while n >= 128:
-        encoded.append(n & 127 | 128)
-        n >>= 7
-    encoded.append(n)
-    return bytes(encoded)
-
-
-def message(number: int, content: bytes) -> bytes:
-    """Return field `number` of a protocol buffer: its key, its length, its content."""
-    length_delimited = 2  # the type of fields that hold bytes
-    return varint(number << 3 | length_delimited) + varint(len(content)) + content
+JPEG_START = b"\xff\xd8"
 
 
 # -----------------------------------------------------------------------------
@@ -57,12 +42,16 @@ def message(number: int, content: bytes) -> bytes:
 
 
 def encode_episode(episode: dict) -> bytes:
-    """Return an episode as an encoded tf.train.Example. Images after the last action are left out."""
-    T = len(episode["action"])
+    """
+    Return an episode as an encoded tf.train.Example. Observations after the last action are left out. Raises ValueError
+    that names what does not fit.
+    """
+    action, observations = convert_episode(episode)
+    T = len(action)
     is_last = np.arange(T) == T - 1
     steps = {
-        **encode_observations(episode, T),
-        "action": episode["action"],
+        **{f"observation/{key}": values for key, values in observations.items()},
+        "action": action,
         "language_instruction": [episode["instruction"].encode()] * T,
         "is_first": np.arange(T) == 0,
         "is_last": is_last,
@@ -79,19 +68,72 @@ def encode_episode(episode: dict) -> bytes:
     return message(1, b"".join(entries))
 
 
-def encode_observations(episode: dict, T: int) -> dict[str, list[bytes] | np.ndarray]:
-    """Return the observations of an episode by their names in a dataset: images as JPEGs, vectors as they are."""
+def convert_episode(episode: dict) -> tuple[np.ndarray, dict[str, np.ndarray | list[bytes]]]:
+    """
+    Return the actions (T, A) and the observations of an episode as they are stored: vectors (T, S) as float32, images
+    as T JPEGs. Raises ValueError that names what does not fit.
+    """
+    missing = {"action", "instruction"} - episode.keys()
+    if missing:
+        raise ValueError(f"it has no {sorted(missing)}, its keys are {sorted(episode)}")
+    if not isinstance(episode["instruction"], str):
+        raise ValueError(f"instruction: expected a str, found {episode['instruction']!r:.80}")
+    action = to_float32("action", episode["action"])
+    if action.ndim != 2 or not len(action):
+        raise ValueError(f"action: expected (T, A) with at least one step, found {action.shape}")
+    if not np.isfinite(action).all():
+        raise ValueError("action: it has numbers that are not finite")
+
     observations = {}
     for key, values in episode.items():
         if key in ("action", "instruction"):
             continue
-        first = values[0]
-        if isinstance(first, bytes):
-            values = list(values[:T])
-        elif first.ndim == 3:
-            values = [encode_jpeg(image) for image in values[:T]]
-        observations[f"observation/{key}"] = values
-    return observations
+        steps = encode_images(key, values) if is_images(values) else to_float32(key, values)
+        T = len(action)
+        num_steps = len(steps) if np.ndim(steps) else 0
+        if num_steps not in (T, T + 1):
+            raise ValueError(f"{key}: {num_steps} steps, but there are {T} actions")
+        observations[key] = steps[:T]
+    return action, observations
+
+
+def is_images(values) -> bool:
+    """Return True for images: arrays (H, W, 3), or encoded ones."""
+    first = values[0] if np.iterable(values) and len(values) else None
+    return isinstance(first, bytes) or getattr(first, "ndim", 0) == 3
+
+
+def encode_images(key: str, values) -> list[bytes]:
+    """Return images as JPEGs. Raises ValueError if they are neither JPEGs nor (T, H, W, 3) uint8."""
+    if isinstance(values[0], bytes):
+        if not all(isinstance(jpeg, bytes) and jpeg.startswith(JPEG_START) for jpeg in values):
+            raise ValueError(f"{key}: expected JPEGs, found other bytes; give arrays (T, H, W, 3) uint8")
+        return list(values)
+    images = np.asarray(values)
+    if images.dtype != np.uint8 or images.shape[3] != 3:
+        raise ValueError(f"{key}: expected images (T, H, W, 3) uint8, found {images.shape} {images.dtype}")
+    return [encode_jpeg(image) for image in images]
+
+
+def to_float32(key: str, values) -> np.ndarray:
+    """Return numbers as float32. Raises ValueError for what is no number, or too large for it."""
+    try:
+        numbers = np.asarray(values)
+    except (ValueError, TypeError) as error:  # rows of different length
+        raise ValueError(f"{key}: expected an array of numbers ({error!s:.100})") from None
+    is_number = numbers.dtype.kind in "fiub"
+    if not is_number:
+        raise ValueError(f"{key}: expected numbers that fit into float32, found dtype {numbers.dtype}")
+
+    with np.errstate(over="ignore"):
+        converted = numbers.astype("<f4")
+    if numbers.dtype.kind == "f":
+        fits = np.array_equal(np.isfinite(converted), np.isfinite(numbers))
+    else:
+        fits = np.array_equal(converted, numbers)
+    if not fits:
+        raise ValueError(f"{key}: {numbers.dtype} numbers that float32 cannot hold")
+    return converted
 
 
 def encode_feature(values: list[bytes] | np.ndarray) -> bytes:
@@ -108,7 +150,13 @@ def encode_feature(values: list[bytes] | np.ndarray) -> bytes:
 
 def shapes_of(episode: dict) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array of an episode at one step."""
-    return {key: values.shape[1:] for key, values in episode.items() if key != "instruction"}
+    shapes = {}
+    for key, values in episode.items():
+        if key == "instruction":
+            continue
+        first = values[0]
+        shapes[key] = decode(first).shape if isinstance(first, bytes) else np.shape(first)
+    return shapes
 
 
 def features_json(shapes: dict[str, tuple[int, ...]]) -> dict:
@@ -160,15 +208,38 @@ def write_rlds(folder: str | Path, splits: dict[str, Iterable[dict]], name: str 
     Write a dataset from the episodes of each split, and return its folder. The top of this file says what an episode
     is, `write_examples` says the rest.
     """
+    check_name(name, "dataset")
     shapes = {}
 
-    def encode(episodes: Iterable[dict]) -> Iterator[bytes]:
-        for episode in episodes:
-            shapes.update(shapes_of(episode))
-            yield encode_episode(episode)
+    def encode(split: str, episodes: Iterable[dict]) -> Iterator[bytes]:
+        check_name(split, "split")
+        for number, episode in enumerate(episodes):
+            try:
+                record = encode_episode(episode)
+                compare_shapes(shapes, shapes_of(episode))
+            except ValueError as error:
+                raise ValueError(f"{split}, episode {number}: {error}") from None
+            yield record
 
-    records = {split: encode(episodes) for split, episodes in splits.items()}
+    records = {split: encode(split, episodes) for split, episodes in splits.items()}
     return write_examples(folder, records, shapes, name, shard)
+
+
+def check_name(name: str, purpose: str):
+    """Raise ValueError for a name that cannot be part of the names of files."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"a {purpose} cannot be called {name!r}; use letters, digits and _")
+
+
+def compare_shapes(shapes: dict, of_episode: dict):
+    """Raise ValueError if the shapes of an episode are not those of the first one, which are taken into `shapes`."""
+    if not shapes:
+        shapes.update(of_episode)
+    for key in {**shapes, **of_episode}:
+        if shapes.get(key) != of_episode.get(key):
+            expected = shapes.get(key, "no such key")
+            found = of_episode.get(key, "no such key")
+            raise ValueError(f"{key}: expected {expected} at each step, as in the first episode, found {found}")
 
 
 def write_examples(
@@ -184,6 +255,8 @@ def write_examples(
     unfinished.mkdir(parents=True)
 
     split_infos = [write_split(unfinished, name, split, records, shard) for split, records in splits.items()]
+    if "action" not in shapes:
+        raise ValueError(f"{target}: there are no episodes to write")
     info = {
         "name": name,
         "version": VERSION,

@@ -33,7 +33,7 @@ def demonstration_file(run: Path, job: dict) -> Path:
 def recorded_episodes(path: Path) -> list[dict]:
     """
     Return the jobs that play recorded episodes again: of one .npz file, or of all those in a run's folder. Raises
-    ValueError for a file that is named otherwise.
+    ValueError for a file that is named otherwise, or holds no episode.
     """
     files = sorted(path.glob("episodes/task*.npz"))
     if path.suffix == ".npz" and path.is_file():
@@ -44,6 +44,8 @@ def recorded_episodes(path: Path) -> list[dict]:
         numbers = re.fullmatch(r"task(\d+)_trial(\d+)", file.stem)
         if not numbers:
             raise ValueError(f"{file}: the name says which episode it is, it must be like task00_trial003.npz")
+        _, actions = read_arrays(file, ("initial_state", "actions"))
+        check_actions(actions, file)
         jobs.append({"task": int(numbers[1]), "trial": int(numbers[2]), "source": str(file)})
     return jobs
 

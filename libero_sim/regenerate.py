@@ -66,7 +66,7 @@ class Config:
 def find_demonstrations(source: Path, suite: str, wanted_tasks: list[int]) -> list[dict]:
     """
     Return a job (libero_sim/jobs.py) for each demonstration of the wanted tasks, in a run of eval_libero.py or in raw
-    HDF5 files. Raises ValueError if there is none, or if a task's file is missing.
+    HDF5 files. Raises ValueError if there is none, or if a task's file is missing or cannot be read.
     """
     recorded = recorded_episodes(source)
     if recorded:
@@ -84,6 +84,7 @@ def find_demonstrations(source: Path, suite: str, wanted_tasks: list[int]) -> li
             num_demonstrations = len(file["data"])
         for trial in range(num_demonstrations):
             jobs.append({"task": task, "trial": trial, "source": str(path)})
+            read_demonstration(jobs[-1])  # what cannot be read is found now, not in an hour
     return jobs
 
 

@@ -11,6 +11,7 @@ A row of episodes.jsonl has "task" and "trial"; and "instruction", "success", "s
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from files import atomic_write, read_json, write_json
+from files import atomic_write, expect_object, parse_json, read_json_object, read_text, write_json
 from libero_sim.jobs import episode_file
 from libero_sim.simulator import IMAGE_SIZE, SUITES
 from metrics import wilson
@@ -30,6 +31,7 @@ PUBLISHED = {
     "OpenVLA-OFT": {"libero_spatial": 97.6, "libero_object": 98.4, "libero_goal": 97.9, "libero_10": 94.5},
 }
 
+SPENT = ("start", "policy", "simulator")  # what a row counts seconds of
 TILE = 96  # pixels, side of an episode's image in the grid
 GREEN = (30, 150, 60)
 RED = (200, 40, 40)
@@ -44,17 +46,22 @@ def warn(message: str):
 
 
 def open_run(out: Path, protocol: dict):
-    """Write protocol.json. Raises ValueError if there is another one, which says what has changed."""
+    """
+    Write protocol.json. Raises ValueError if there is another one, which says what has changed, or if there are
+    episodes without one.
+    """
     path = out / "protocol.json"
     protocol = json.loads(json.dumps(protocol))  # tuples become lists, as they do in the file
     if path.is_file():
-        before = read_json(path)
+        before = read_json_object(path)
         changes = []
         for key, value in protocol.items():
             if before.get(key) != value:
                 changes.append(f"{key}: {before.get(key)!r} there, {value!r} now")
         if changes:
             raise ValueError(f"{out} holds episodes of another run; choose another --out.\n" + "\n".join(changes))
+    elif (out / "episodes.jsonl").exists():
+        raise ValueError(f"{path}: missing, so no one can tell how the episodes were played; choose another --out")
     write_json(path, protocol)
 
 
@@ -63,22 +70,40 @@ def read_rows(path: Path) -> list[dict]:
     Read the rows of episodes.jsonl, the last one of each episode, in order of task and trial. A line that a kill cut
     off is removed from the file. Raises ValueError for any other damage.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    data = path.read_bytes()
-    whole_lines = data[: data.rfind(b"\n") + 1]
-    if whole_lines != data:
+    text = read_text(path)
+    whole_lines = text[: text.rfind("\n") + 1]
+    if whole_lines != text:
         with atomic_write(path) as temporary:
-            temporary.write_bytes(whole_lines)
+            temporary.write_text(whole_lines, encoding="utf-8")
 
     rows = {}
-    for number, line in enumerate(whole_lines.splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows[row["task"], row["trial"]] = row
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: not an episode: {line[:80]!r}; remove the line") from None
+    for number, line in enumerate(whole_lines.split("\n")[:-1], start=1):
+        place = f"{path}, line {number}"
+        row = expect_object(parse_json(line, place), place)
+        if not is_row(row):
+            raise ValueError(f"{place}: not an episode: {line[:80]!r}; remove the line")
+        rows[row["task"], row["trial"]] = row
     return [rows[key] for key in sorted(rows)]
+
+
+def is_row(row: dict) -> bool:
+    """True if a row has all that is read of it: of an episode, of a replayed demonstration, or of one with an error."""
+    kinds = {"task": int, "trial": int}
+    if "error" in row:
+        kinds.update(error=str)
+    elif "noops" in row:
+        kinds.update(success=bool, steps=int, noops=int)
+    else:
+        kinds.update(instruction=str, success=bool, steps=int, seconds=dict)
+    if any(type(row.get(key)) is not kind for key, kind in kinds.items()):
+        return False
+
+    numbers = [row[key] for key, kind in kinds.items() if kind is int]
+    if "seconds" in kinds:
+        numbers += [row["seconds"].get(key) for key in SPENT]
+    return all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
 
 
 def append_row(path: Path, row: dict):
@@ -116,7 +141,7 @@ def error_lines(errors: list[dict], num_rows: int) -> list[str]:
     """Return the last lines of the first errors."""
     lines = [f"**{len(errors)} of {num_rows} episodes ended in an error and count as nothing:**", ""]
     for row in errors[:10]:
-        last_line = row["error"].strip().splitlines()[-1]
+        last_line = row["error"].strip().rpartition("\n")[2]
         lines.append(f"- task {row['task']}, trial {row['trial']}: {last_line}")
     return [*lines, "", "The same command again repeats them.", ""]
 
@@ -170,7 +195,7 @@ def time_lines(tried: list[dict]) -> list[str]:
     """Return where the simulators' processes spent their time."""
     steps = sum(row["steps"] for row in tried)
     spent = {}
-    for key in ("start", "policy", "simulator"):
+    for key in SPENT:
         spent[key] = sum(row["seconds"][key] for row in tried)
     total = sum(spent.values())
     if total == 0:
@@ -193,7 +218,12 @@ def save_grid(path: Path, out: Path, rows: list[dict]):
     trials = sorted({row["trial"] for row in filmed})
     grid = Image.new("RGB", (TILE * len(trials), TILE * len(tasks)), "white")
     for row in filmed:
-        tile = make_tile(episode_file(out, row, ".gif"), row["success"])
+        video = episode_file(out, row, ".gif")
+        try:
+            tile = make_tile(video, row["success"])
+        except Exception as error:  # PIL raises all kinds for broken files
+            warn(f"{video} cannot be read ({error!s:.200}), it is left out of the grid")
+            continue
         left = TILE * trials.index(row["trial"]) + 1
         top = TILE * tasks.index(row["task"]) + 1
         grid.paste(tile, (left, top))

@@ -343,4 +343,9 @@ def set_up_and_check(suite: str, assets: str, needs_images: bool) -> list[str]:
 def read_warnings(out: Path) -> list[str]:
     """Return what `look_at_simulator` has found; nothing if no episode has been played here."""
     path = out / "warnings.json"
-    return read_json(path) if path.is_file() else []
+    if not path.exists():
+        return []
+    warnings = read_json(path)
+    if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+        raise ValueError(f"{path}: expected a list of texts; remove the file, and the simulator is looked at again")
+    return warnings

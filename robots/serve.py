@@ -7,7 +7,8 @@ A policy behind HTTP: images and an instruction in, actions out, for many robots
     POST /act     json-numpy {"image", "instruction", "unnorm_key"?, "state"?}, as for vla-scripts/deploy.py of
                   github.com/openvla/openvla, also wrapped as {"encoded": text}. The answer is the action (A,), or the
                   chunk (K, A) of an OFT policy, in the same form. "image" is a list if an OFT policy takes several;
-                  or they are called as by the official OFT clients: {"full_image", "left_wrist_image", ...}.
+                  or they are called as by the official OFT clients: {"full_image", "left_wrist_image", ...}, which
+                  get a list of K actions (A,).
                   Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` (JSON); answers plain JSON.
     GET  /health  whether the server is up, and how many requests it has taken and not yet answered
     GET  /info    the checkpoint, its datasets and the ranges of their actions, how images are prepared
@@ -88,6 +89,8 @@ NUMBER_DTYPE = re.compile(r"[<>|=]?[uif][1248]|u?int(8|16|32|64)|float(16|32|64)
 # In which form a request came, and so in which its answer goes back
 JSON = "json"
 ENCODED = "encoded"  # JSON in a string in JSON
+OFT_JSON = "oft json"  # both again, of the official OFT clients: they want a list of actions
+OFT_ENCODED = "oft encoded"
 FORM = "form"
 
 
@@ -105,7 +108,7 @@ class Refused(Exception):
 
 
 def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, str]:
-    """Return the payload of a JSON request, and its form: JSON or ENCODED. Raises Refused."""
+    """Return the payload of a JSON request, and its form: (OFT_)JSON or (OFT_)ENCODED. Raises Refused."""
     try:
         content = load_json(body)
         is_encoded = isinstance(content, dict) and "encoded" in content
@@ -134,6 +137,8 @@ def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, s
         "unnorm_key": content.get("unnorm_key"),
         "state": state,
     }
+    if "full_image" in content and "image" not in content:
+        return payload, OFT_ENCODED if is_encoded else OFT_JSON
     return payload, ENCODED if is_encoded else JSON
 
 
@@ -160,8 +165,9 @@ def image_entries(content: dict, num_images: int) -> list:
         images = content.get("image")
         return images if isinstance(images, list) else [images]
 
-    wrists = sorted(name for name in content if "wrist" in name)
-    names = ["full_image", *wrists][:num_images]  # further ones are not looked at, as officially
+    names = ["full_image"]
+    if num_images > 1:  # else they are not looked at, as officially
+        names += sorted(name for name in content if "wrist" in name)
     return [content[name] for name in names]
 
 
@@ -230,7 +236,7 @@ def encode_array(array: np.ndarray) -> dict:
 def check_num_images(found: int, expected: int):
     """Raise Refused if a request has another number of images than the policy takes."""
     if found != expected:
-        raise Refused(422, f"{found} images in `image`; this policy takes {expected}")
+        raise Refused(422, f"{found} images in the request; this policy takes {expected}")
 
 
 def check_size(width: int, height: int, max_pixels: float):
@@ -377,7 +383,7 @@ class Service:
     # Bytes -> payload
 
     async def read(self, http) -> tuple[dict, str]:
-        """Return the payload of an HTTP request, and its form: JSON, ENCODED or FORM. Raises Refused."""
+        """Return the payload of an HTTP request, and its form: (OFT_)JSON, (OFT_)ENCODED or FORM. Raises Refused."""
         size = http.headers.get("content-length", "")
         if not size.isdigit() or "transfer-encoding" in http.headers:
             raise Refused(411, "say how long the request is (Content-Length)")
@@ -503,9 +509,14 @@ def encode_answer(action: np.ndarray, unnorm_key: str, form: str):
     """Return the JSON content of an answer, in the form of its request."""
     if form == FORM:
         return {"action": action.tolist(), "unnorm_key": unnorm_key}
-    if form == ENCODED:
-        return json.dumps(encode_array(action))
-    return encode_array(action)
+
+    content = encode_array(action)
+    if form in (OFT_JSON, OFT_ENCODED):
+        actions = np.atleast_2d(action)  # (K, A): of a token model K is 1
+        content = [encode_array(row) for row in actions]
+    if form in (ENCODED, OFT_ENCODED):
+        return json.dumps(content)
+    return content
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ returns what it returns for the valid file, or if no one could tell: see `Kind.f
 
 import faulthandler
 import hashlib
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,13 +31,16 @@ import numpy as np
 import pytest
 import torch
 from common import GOLDENS, ROOT, make_folder
+from mutations import usual_mutations
 from PIL import Image
 
+import checkpoint
 import convert_weights
 import files
 import image
+import lora
 import resume
-from formats import lerobot, oxe, prismatic_run, rlds
+from formats import lerobot, oxe, prismatic_run, rlds, rlds_index, tfrecord
 from formats.write_rlds import write_rlds
 from libero_sim import jobs, regenerate
 from policy import load_policy
@@ -88,19 +93,59 @@ def test_nobody_waits_for_a_pipe(tmp_path):
     with pytest.raises(ValueError, match="found a device or a pipe"):
         files.read_json(tmp_path / "a.json")
     with pytest.raises(ValueError, match="not a file"):
-        list(rlds.read_records(tmp_path / "a.tfrecord"))
+        list(tfrecord.read_records(tmp_path / "a.tfrecord"))
     with pytest.raises(FileNotFoundError, match="a.npz"):
         jobs.read_arrays(tmp_path / "a.npz", ("actions",))
+    for name, read in {
+        "a.png": image.to_rgb,
+        "a.safetensors": checkpoint.read_layout,
+        "a.pt": checkpoint.open_pt,
+        ".metadata": lambda path: resume.DataOnlyReader(path.parent).read_metadata(),
+    }.items():
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: expected a file, found a device or a pipe"):
+            read(tmp_path / name)
+
+
+def test_a_pickle_of_eight_bytes_takes_no_memory():
+    """It gives an object the number 2**24. Python's unpickler in C makes a table of so many numbers, and more."""
+    tracemalloc.start()
+    resume.DataOnlyUnpickler(io.BytesIO(b"\x80\x02]r" + struct.pack("<I", 2**24) + b".")).load()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer.model"])
+def test_what_a_run_brings_is_not_replaced_by_that_of_its_base(file, tmp_path):
+    """A link that leads nowhere is refused, as a broken file is; and neither is copied into a merged folder."""
+    base = make_checkpoint(tmp_path) / "model"
+    run = shutil.copytree(GOLDENS / "tiny-lora", tmp_path / "run")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    (run / file).symlink_to("blob")
+    with pytest.raises(FileNotFoundError, match=f"{run / file}: "):
+        load_policy(run)
+
+    (run / "blob").write_text("{")
+    with pytest.raises(ValueError, match=f"{run / file}: "):
+        load_policy(run)
+    with pytest.raises(ValueError, match=f"{run / file}: "):
+        lora.merge(run, tmp_path / "merged")
+    shutil.copy(run / "blob", base / file)
+    with pytest.raises(ValueError, match=f"{base / file}: "):
+        convert_weights.quantize_folder(base, tmp_path / "quantized", bits=8)
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "quantized").exists()
 
 
 def test_a_record_of_three_gigabytes_is_not_read(tmp_path):
     """Its length has the right checksum, and the file is as long as it says (it has a hole)."""
     path = tmp_path / "a.tfrecord"
     length = struct.pack("<Q", 3 * GB)
-    path.write_bytes(length + struct.pack("<I", rlds.masked_crc32c(length)))
+    path.write_bytes(length + struct.pack("<I", tfrecord.masked_crc32c(length)))
     os.truncate(path, 3 * GB + 16)
     with pytest.raises(ValueError, match=f"{path}: record 0 at byte 0: it has 3,221,225,472 bytes"):
-        list(rlds.read_records(path))
+        list(tfrecord.read_records(path))
 
 
 def test_no_module_that_features_json_names_is_imported(tmp_path):
@@ -115,7 +160,7 @@ def test_no_module_that_features_json_names_is_imported(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("missing", r"\*-train.tfrecord-00001-of-00002: missing, dataset_info.json says it has 2 episodes"),
+        ("missing", r"mine-train.tfrecord-00001-of-00002: missing, dataset_info.json says it has 2 episodes"),
         ("empty", "train.tfrecord-00001-of-00002: 0 records, dataset_info.json says 2"),
         ("twice", "00001-of-00002.part: none of the 2 files that dataset_info.json lists"),
     ],
@@ -173,7 +218,7 @@ def test_leftovers_of_a_killed_indexing_go_after_a_day(tmp_path):
     for name in ("tmpold", "tmpnew"):
         (place / name).mkdir(parents=True)
         (place / name / "text").write_bytes(b"take")
-    yesterday = time.time() - 2 * rlds.DAY
+    yesterday = time.time() - 2 * rlds_index.DAY
     for path in (place / "tmpold" / "text", place / "tmpold"):
         os.utime(path, (yesterday, yesterday))
     read_rlds(tmp_path)
@@ -213,72 +258,6 @@ def test_nothing_in_a_recorded_episode_is_unpickled(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Mutations
-
-
-def broken_bytes(content: bytes, rng: random.Random) -> dict[str, bytes]:
-    """Broken versions of any file."""
-    size = len(content)
-    versions = {"empty": b"", "one byte less": content[:-1], "half": content[: size // 2], "noise": rng.randbytes(999)}
-    versions["zeros"] = bytes(size)
-    versions["twice"] = content + content
-    for _ in range(4):
-        at = rng.randrange(size)
-        flipped = content[at] ^ (1 << rng.randrange(8))
-        versions[f"flip at {at}"] = content[:at] + bytes([flipped]) + content[at + 1 :]
-    for at in (0, rng.randrange(size), max(0, size - 40)):
-        versions[f"huge number at {at}"] = content[:at] + b"\xff" * 7 + b"\x7f" + content[at + 8 :]
-        versions[f"block lost at {at}"] = content[:at] + content[at + 64 :]
-    return versions
-
-
-def broken_json(content: bytes, rng: random.Random) -> dict[str, bytes]:
-    """Broken versions of a JSON file: other types, huge numbers, missing keys, deep nesting, wrong UTF-8."""
-    versions = {
-        "empty": b"",
-        "half": content[: len(content) // 2],
-        "not UTF-8": b'{"\xff\xfe": 1}',
-        "deep": b"[" * 100_000,
-        "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
-        "a list": b"[]",
-        "null": b"null",
-        "no keys": b"{}",
-        "long number": b'{"a": ' + b"9" * 10_000 + b"}",
-    }
-    values = [None, True, -1, 10**30, 1e300, float("nan"), "x", "../../../etc/passwd", "\ud800", [], {}, [[[]]]]
-    for number in range(16):
-        tree = json.loads(content)
-        parent, key = rng.choice(places(tree))
-        if number % 4 == 0:
-            del parent[key]
-            versions[f"without {key}"] = json.dumps(tree).encode()
-        else:
-            value = rng.choice(values)
-            parent[key] = value
-            versions[f"{key} = {value!r}"] = json.dumps(tree).encode()
-    return versions
-
-
-def places(tree) -> list[tuple]:
-    """(container, key) of every value in a JSON tree."""
-    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
-    return [(tree, key) for key in keys] + [place for key in keys for place in places(tree[key])]
-
-
-def broken_lines(content: bytes, rng: random.Random) -> dict[str, bytes]:
-    """Broken versions of a .jsonl file: of one of its lines."""
-    lines = content.splitlines()
-    number = rng.randrange(len(lines))
-    versions = {"line lost": b"\n".join(lines[:number] + lines[number + 1 :])}
-    for name, line in broken_json(lines[number], rng).items():
-        versions[f"line {number}: {name}"] = b"\n".join([*lines[:number], line, *lines[number + 1 :]])
-    return versions
-
-
-BREAKERS = {".json": broken_json, ".jsonl": broken_lines}
-
-
-# -----------------------------------------------------------------------------
 # Kinds of files
 
 
@@ -298,7 +277,7 @@ def frames_of(dataset) -> list:
     return [dataset.statistics, dataset.bad_records, *(dataset[i] for i in range(len(dataset)))]
 
 
-def make_rlds(root: Path) -> Path:
+def make_rlds(root: Path, name: str = "mine") -> Path:
     """Write a dataset of five episodes in three files, and return its folder."""
     rng = np.random.default_rng(0)
 
@@ -311,7 +290,7 @@ def make_rlds(root: Path) -> Path:
         }
 
     splits = {"train": [episode(i) for i in range(4)], "test": [episode(9)]}
-    return write_rlds(root, splits, name="mine", shard=2)
+    return write_rlds(root, splits, name, shard=2)
 
 
 def read_rlds(folder: Path, **options) -> list:
@@ -514,7 +493,7 @@ def run_cases(group: str, root: Path):
         for file in kind.files:
             content = (kind.folder / file).read_bytes()
             rng = random.Random(f"{kind.name} {file}")
-            versions = BREAKERS.get(Path(file).suffix, broken_bytes)(content, rng)
+            versions = usual_mutations(file, content, rng)
             chosen = [name for name in versions if rng.random() < kind.share]
             for name in [*chosen, "a folder", "missing"]:
                 folder = root / "case"

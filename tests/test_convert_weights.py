@@ -297,6 +297,11 @@ def test_clear_errors_and_nothing_written(run, tmp_path, tokenizer, sizes, monke
     fails("weights do not tell num_heads; give --config", tokenizer)
     (tmp_path / "half.json").write_text(json.dumps({"vision_configs": read(Path(sizes))["vision_configs"]}))
     fails("Llama is not of the released size.*num_attention_heads", tokenizer, str(tmp_path / "half.json"))
+    for heads, message in ((1e300, "num_heads is 1e.300"), (7, "7 heads do not divide")):
+        wrong = read(Path(sizes))
+        wrong["vision_configs"][0]["num_heads"] = heads
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+        fails(message, tokenizer, str(tmp_path / "wrong.json"))
     (out.parent / "full").mkdir()
     (out.parent / "full/file").touch()
     with pytest.raises(FileExistsError, match="not empty"):

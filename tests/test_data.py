@@ -18,7 +18,7 @@ from common import ROOT, shared
 import data
 from configurator import configure
 from data import Mixture, Positions, Samples, collate, make_loader, open_mixture, pad_chunk, shuffled
-from formats import oxe, rlds
+from formats import oxe, rlds, rlds_index, tfrecord
 from formats.write_rlds import write_rlds
 from image import decode, resize_lanczos3
 from normalize import normalize
@@ -301,7 +301,7 @@ def test_index_is_reused_and_edited_data_is_noticed(copy, monkeypatch):
     monkeypatch.setenv("OPENVLA_CACHE", str(root / "cache"))
     first = rlds.RLDS(root, "bridge_orig").index
     assert first.parent.parent == file.parent
-    monkeypatch.setattr(rlds, "write_index", lambda *_: pytest.fail("indexed again"))
+    monkeypatch.setattr(rlds_index, "write_index", lambda *_: pytest.fail("indexed again"))
     assert rlds.RLDS(root, "bridge_orig").index == first
     os.utime(file, ns=(1, 1))
     with pytest.raises(pytest.fail.Exception, match="indexed again"):
@@ -345,14 +345,14 @@ def test_index_follows_what_its_functions_use(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "STRIDE", 3)
     assert len(read()) < frames
     index = read().index
-    rlds.write_meta(index, json.loads((index / "index.json").read_text()) | {"bad_records": ["file 3: cut off"]})
+    rlds_index.write_meta(index, json.loads((index / "index.json").read_text()) | {"bad_records": ["file 3: cut off"]})
     with pytest.raises(ValueError, match="file 3: cut off; 1 bad records were left out"):
         read()
     assert len(read(skip_bad_records=True)) < frames
 
     # Cameras that are exchanged in half of the episodes are another index, too.
     swapped = dataclasses.replace(row, swap_images=("image", "image"))
-    assert rlds.fingerprint(index.parent.parent, swapped) != rlds.fingerprint(index.parent.parent, row)
+    assert rlds_index.fingerprint(index.parent.parent, swapped) != rlds_index.fingerprint(index.parent.parent, row)
 
 
 def two_arms(trajectory):
@@ -381,7 +381,7 @@ def test_the_newest_version_is_the_largest_number(tmp_path):
     for version in ("9.0.0", "10.0.0", "1.2.0"):
         (tmp_path / "mine" / version).mkdir(parents=True)
         (tmp_path / "mine" / version / "features.json").touch()
-    assert rlds.find_dataset(tmp_path, "mine").name == "10.0.0"
+    assert tfrecord.find_dataset(tmp_path, "mine").name == "10.0.0"
 
 
 def test_functions_of_a_config_file_go_to_workers(tmp_path, llama):

@@ -100,6 +100,7 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m pytest": CI,
     "pip install -r requirements*.txt": CI,
     "pip install --no-deps -r requirements-libero-nodeps.txt": CI,
+    "pip install torch==* --index-url *": "gets PyTorch's CPU build from its own index",
     "python -m toy.world --folder runs/toy/data*": INNER,
     "python train.py --config toy.py --max_steps 3000": INNER,
     "python -m toy.play --checkpoint runs/toy/checkpoint --out runs/toy --scenes 200": INNER,
@@ -198,6 +199,12 @@ def test_each_python_block_is_run_by_someone():
             continue
         for block in python_blocks(page):
             assert any(words in block for words in PYTHON_ELSEWHERE), f"{page}: {block}"
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    floor = re.search(r'^requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"Python {floor} or newer" in TEXTS["README.md"]
+    assert f'python: ["{floor}", ' in (ROOT / ".github" / "workflows" / "tests.yml").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -102,6 +102,11 @@ def test_raw_demonstrations(tmp_path, monkeypatch):
     state, actions = regenerate.read_demonstration(jobs[1])
     assert [job["trial"] for job in jobs] == [0, 1] and (state == 1).all() and actions.shape == (4, 7)
 
+    with h5py.File(tmp_path / "open_it_demo.hdf5", "a") as file:
+        del file["data/demo_1/actions"]
+    with pytest.raises(ValueError, match="open_it_demo.hdf5: no demonstrations"):
+        regenerate.find_demonstrations(tmp_path, "libero_goal", [0])
+
 
 class FakeSimulator:
     """Counts the steps; done after the third."""
@@ -156,6 +161,55 @@ def test_rows_survive_a_kill(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(ValueError, match="episodes.jsonl, line 1"):
         report.read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "0"},
+        {"trial": -1},
+        {"success": 2},
+        {"steps": None},
+        {"instruction": ["take"]},
+        {"seconds": {"start": 1.0, "policy": "1", "simulator": 1.0}},
+        {"seconds": {"start": 1.0, "simulator": 1.0}},
+        {"noops": 0.5},
+        {"error": None},
+    ],
+)
+def test_a_row_that_is_none_is_named(changes, tmp_path):
+    """All that the report and the grid read is looked at before the first episode."""
+    path = tmp_path / "episodes.jsonl"
+    report.append_row(path, row(0, 0, True))
+    report.append_row(path, {**row(0, 1, True), **changes})
+    with pytest.raises(ValueError, match="episodes.jsonl, line 2: not an episode"):
+        report.read_rows(path)
+
+
+def test_broken_files_of_a_run(tmp_path):
+    (tmp_path / "episodes.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="episodes.jsonl, line 1: .*nested too deep"):
+        report.read_rows(tmp_path / "episodes.jsonl")
+    with pytest.raises(ValueError, match="protocol.json: missing"):
+        report.open_run(tmp_path, PROTOCOL)
+    (tmp_path / "protocol.json").write_text("[]")
+    with pytest.raises(ValueError, match="protocol.json: expected a JSON object"):
+        report.open_run(tmp_path, PROTOCOL)
+    (tmp_path / "warnings.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="warnings.json: expected a list of texts"):
+        workers.read_warnings(tmp_path)
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "task00_trial000.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="task00_trial000.npz: no recorded episode"):
+        jobs.recorded_episodes(tmp_path)
+
+
+def test_a_broken_video_is_left_out_of_the_grid(tmp_path, capsys):
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "episodes" / "task00_trial000.gif").write_bytes(b"GIF89a")
+    report.save_grid(tmp_path / "grid.png", tmp_path, [row(0, 0, True)])
+    assert "task00_trial000.gif cannot be read" in capsys.readouterr().err
+    assert (tmp_path / "grid.png").is_file()
 
 
 def test_a_folder_holds_one_run(tmp_path):

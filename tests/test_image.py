@@ -55,6 +55,28 @@ def test_config_round_trip(folders, name, tmp_path):
     assert different <= {"means", "stds"}  # officially the exact constants, which nothing reads
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", [0.5, 0.5]),
+        ("mean", "0.5"),
+        ("mean", [[], 0.5, 0.5]),
+        ("std", [0.5, 0, 0.5]),
+        ("size", 0),
+        ("size", "9"),
+    ],
+)
+def test_a_processor_of_no_numbers_is_refused(folders, key, value, tmp_path):
+    config = json.loads((folders["tiny-openvla"] / "preprocessor_config.json").read_text())
+    if key == "size":
+        config["input_sizes"][0][1] = value
+    else:
+        config["tvf_normalize_params"][1][key] = value
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{tmp_path}/preprocessor_config.json: "):
+        I.ImageProcessor.from_pretrained(tmp_path)
+
+
 def resize_in_order(image, size):
     """resize_lanczos3, summed up one input pixel after the other as TensorFlow does, which decides rounding ties."""
     weights = []

@@ -12,9 +12,14 @@ from PIL import Image
 
 from data import Samples
 from diagnose import look as look_file
-from diagnose.look import look, spread, still_steps
+from diagnose.look import look
+from formats.faults import spread, still_steps
 
 N = 200
+GRIPPER = (
+    "the gripper is -1 ... 1, but should be 0 (closed) ... 1 (open): scale it with standardize=, or say gripper=False "
+    "if the last dimension is none"
+)
 
 
 def make_samples(n=N, **changes) -> list[dict]:
@@ -116,7 +121,7 @@ def test_spread():
     [
         (dict(columns={2: 0.3}), "action dimension 2 never moves, it is always 0.3"),
         (dict(columns={2: np.linspace(0, 1e-5, N)}), "action dimension 2 hardly moves (q99 - q01 = 9.8e-06)"),
-        (dict(columns={6: np.tile([-1, 1], N // 2)}), "the gripper is -1 ... 1, but should be 0 (closed) ... 1 (open)"),
+        (dict(columns={6: np.tile([-1, 1], N // 2)}), GRIPPER),
         (dict(columns={6: 1}), "the gripper never moves, it is always 1"),
         (dict(idle=120), "60% of the steps are idle (nothing moves)"),
         (dict(texts=["push", "", "pull", "  "]), "50.0% of the frames have no instruction"),
@@ -221,6 +226,6 @@ def test_command_on_rlds(tmp_path):
 
 def test_an_empty_split(tmp_path, capsys):
     empty = Samples(make_samples(n=2))
-    empty.samples = []
+    empty.frames = empty.frames[:0]
     look(empty, 1.0, tmp_path / "none")
     assert capsys.readouterr().out == "mine: no frames in this split\n\n" and not (tmp_path / "none").exists()

@@ -48,3 +48,16 @@ def test_steps_do_not_overlap_in_tensorboard(monkeypatch, tmp_path):
     for step in (0, 5):
         Log(tmp_path, 10, step, {}, tensorboard=True)
     assert calls == [(str(tmp_path), 1), (str(tmp_path), 6)]
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "[" * 100_000, "{", '{"loss": 1.0}', '{"step": 1, "loss": "1"}', '{"step": null}']
+)
+def test_a_line_that_is_none_is_named(line, tmp_path):
+    """Otherwise it would be found when the curves are drawn, after hours of training."""
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: "):
+        Log(tmp_path, 10, 5, {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"st')  # cut off by a kill
+    Log(tmp_path, 10, 5, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'

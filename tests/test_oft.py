@@ -1,26 +1,31 @@
 """OFT against the official code: L1, discrete, FiLM and diffusion heads, training gradients; the mask; batches."""
 
+import hashlib
 import json
 import re
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from common import GOLDENS, golden, shared, with_tokenizer
+from safetensors.torch import load_file, save_file
 from test_image import resize_in_order
 
 import image
 import oft as O
 import sample
-from checkpoint import is_oft
+from checkpoint import is_oft, open_checkpoint
 from configurator import configure
+from convert_weights import check
 from formats import oxe
 from image import ImageProcessor
+from lora import merge
 from model import OpenVLA
 from normalize import normalize, unnormalize
-from policy import load_policy, predict_chunk
+from policy import Policy, load_policy, predict_chunk, prepare_image
 from tokenizer import PAD, PROMPT, Tokenizer, pad_sequences
 
 TENSORS, INFO = golden("oft")
@@ -114,6 +119,220 @@ def test_raw_images_are_prepared_as_officially(folders, tmp_path_factory, tokeni
         np.testing.assert_allclose(act(views), unnormalize(want, stats()), atol=2e-4)
     without_jpeg = [image.resize_lanczos3(picture, 224) for picture in raw]
     assert np.abs(act(without_jpeg) - act(raw)).max() > 1e-2
+
+
+# -----------------------------------------------------------------------------
+# Official folders, from raw images to actions
+
+RAW = json.loads((GOLDENS / "oft_raw_images.json").read_text())
+
+
+def drawn(height, width, seed):
+    """The image (H, W, 3) uint8 that the official code was shown."""
+    y, x = np.mgrid[:height, :width]
+    smooth = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (height + width)], axis=-1)
+    squares = (x // 24 + y // 24 + seed) % 3 * 40
+    grain = (x * 7919 + y * 104729 + x * y * 31 + seed) % 23
+    return ((smooth + squares[..., None] + grain[..., None]) % 256).astype(np.uint8)
+
+
+def raw_views(case):
+    return [image.to_rgb(GOLDENS / view) if isinstance(view, str) else drawn(*view) for view in case["views"]]
+
+
+def raw_cases(*models):
+    return [
+        pytest.param(case, id=f"{case['model']}-{case['name']}") for case in RAW["cases"] if case["model"] in models
+    ]
+
+
+def record(case):
+    """What oft_config.json must say for a case."""
+    kind = case["model"].removeprefix("lora_")
+    return O.OFTConfig(
+        proprio_dim=8 if case["state"] else 0,
+        num_images=len(case["views"]),
+        head="l1" if kind == "film" else kind,
+        film=kind == "film",
+    )
+
+
+def resized_views(case):
+    """The raw images as the official code resizes them, to the bit; one of 224 x 224 pixels stays as it is."""
+    views = raw_views(case)
+    return [resize_in_order(image.decode(image.encode_jpeg(x)), 224) if len(x) != 224 else x for x in views]
+
+
+def act(policy, case, views):
+    state = TENSORS["proprio_raw"][None].numpy() if case["state"] else None
+    crop = None if case["center_crop"] else False
+    return predict_chunk(policy, [views], [case["instruction"]], state, RAW["unnorm_key"], crop)[0]
+
+
+def check_chunk(policy, case):
+    """
+    Compare a policy with get_vla_action. From raw images there are up to four values of 150,528 that resizing rounds
+    the other way; FiLM and diffusion multiply that in a model with random weights.
+    """
+    np.testing.assert_allclose(act(policy, case, resized_views(case)), case["actions"], atol=5e-5)
+    tolerance = 2e-4 if record(case).head != "diffusion" and not record(case).film else 1e-3
+    chunk = act(policy, case, raw_views(case))
+    np.testing.assert_allclose(chunk, case["actions"], atol=tolerance)
+    return chunk
+
+
+def official_components(folder, case):
+    """Statistics and components beside a model, and the record that official folders do not have."""
+    kind = case["model"].removeprefix("lora_")
+    cfg = record(case)
+    for file in (GOLDENS / "tiny-oft" / ("l1" if kind == "discrete" else kind)).iterdir():
+        component = file.name.partition("--")[0]
+        if O.needed_components(cfg).get(component, True):
+            shutil.copy(file, folder)
+    (folder / O.OFT_RECORD).write_text(json.dumps(asdict(cfg)))
+
+
+def official_adapter(folder, film):
+    """tiny-lora as the official OFT script saves it: FiLM has wrapped the vision encoders after PEFT."""
+    shutil.copytree(GOLDENS / "tiny-lora", folder / "lora_adapter")
+    file = folder / "lora_adapter/adapter_model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        if film:
+            name = name.replace("model.vision_backbone.", "model.vision_backbone.vision_backbone.")
+            name = re.sub(r"(vision_backbone\..*\.blocks\.\d+)", r"\1.block", name)
+        tensors[name] = tensor
+    if film:
+        names = "\n".join(sorted(tensors))
+        assert hashlib.sha256(names.encode()).hexdigest() == RAW["film_adapter"]["sha256_of_sorted_names"]
+    save_file(tensors, file, {"format": "pt"})
+
+    # Where the base was in the cache of the machine that trained.
+    config = json.loads((folder / "lora_adapter/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/root/.cache/huggingface/hub/models--openvla--openvla-7b/snapshots/47a0ec7"
+    (folder / "lora_adapter/adapter_config.json").write_text(json.dumps(config))
+
+
+def official_run(root, models, folders, case):
+    """A folder of the official script that was not merged, and beside it its base openvla-7b, in float32."""
+    base = shutil.copytree(folders["tiny-openvla"], root / "openvla-7b", ignore=shutil.ignore_patterns("model*"))
+    models["tiny-openvla"].save_pretrained(base, torch.float32)
+    with_tokenizer(base)
+    run = root / "run"
+    run.mkdir()
+    shutil.copy(base / "config.json", run)  # get_vla wants it there
+    official_components(run, case)
+    official_adapter(run, film=record(case).film)
+    return run
+
+
+@pytest.mark.parametrize("case", raw_cases("l1", "film", "discrete", "diffusion"))
+def test_chunks_from_raw_images(case, folders, tmp_path, monkeypatch):
+    """Equal to get_vla_action, for raw images of several sizes, with and without state, crop and further cameras."""
+    folder = with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m"))
+    official_components(folder, case)
+    policy = load_policy(folder, torch.float32)
+    if case["model"] == "diffusion":
+        noise = TENSORS["diffusion/start_noise"][None]
+        monkeypatch.setattr(policy.model, "fixed_noise", lambda *_: noise)
+    check_chunk(policy, case)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in RAW["cases"] if case["model"] == "l1"], ids=lambda case: case["name"]
+)
+def test_pixels_from_raw_images(case, folders):
+    """Equal to prepare_images_for_vla to the bit, where the sums of resizing are in TensorFlow's order."""
+    processor = ImageProcessor.from_pretrained(folders["tiny-openvla"])
+    processor.trained_on = (image.JPEG, *image.CROPPED)
+    policy = Policy(None, None, processor, norm_stats={}, checkpoint="")
+
+    def checksum(pixels):
+        return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+    checksums = zip(case["resized_sha256"], case["prepared_sha256"], strict=True)
+    for raw, small, (resized, prepared) in zip(raw_views(case), resized_views(case), checksums, strict=True):
+        assert checksum(small) == resized
+        exact = image.center_crop(small) if case["center_crop"] else small
+        assert checksum(exact) == prepared
+        found = prepare_image(policy, raw, case["center_crop"])
+        difference = np.abs(found.astype(int) - exact)
+        assert difference.max() <= 1 and (difference > 0).sum() <= 8  # resizing decides up to four ties otherwise
+
+
+@pytest.mark.parametrize("case", raw_cases("lora_l1", "lora_film"))
+def test_official_folder_that_was_not_merged(case, folders, models, tmp_path, capsys):
+    """lora_adapter/ on its base: the official chunks, the same from sample.py and when merged; check agrees."""
+    run = official_run(tmp_path, models, folders, case)
+    checkpoint = open_checkpoint(run)
+    assert (checkpoint.base, checkpoint.adapter) == (tmp_path / "openvla-7b", run / "lora_adapter")
+    assert list(checkpoint.norm_stats) == [RAW["unnorm_key"]]
+    chunk = check_chunk(load_policy(run, torch.float32), case)
+
+    merge(run, tmp_path / "merged")
+    merged = act(load_policy(tmp_path / "merged", torch.float32), case, raw_views(case))
+    np.testing.assert_allclose(merged, chunk, atol=1e-4)
+    for folder in (run, tmp_path / "merged"):
+        assert check(folder)
+        assert "an OFT policy: OFTConfig(action_chunk=8" in capsys.readouterr().out
+
+    words = ["--checkpoint", run, "--instruction", case["instruction"], "--json", "--dtype", "float32"]
+    words += ["--state", *TENSORS["proprio_raw"].tolist(), "--image"]
+    for i, view in enumerate(raw_views(case)):
+        image.Image.fromarray(view).save(tmp_path / f"{i}.png")
+        words.append(tmp_path / f"{i}.png")
+    sample.main(configure(sample.Config, [str(word) for word in words]))
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["actions"]
+    np.testing.assert_allclose(said, chunk, atol=1e-6)
+
+
+def test_parts_of_an_official_folder(folders, models, tmp_path, capsys):
+    """What is missing is said, by check as by loading; merged weights come before lora_adapter/."""
+    case = next(case for case in RAW["cases"] if case["model"] == "lora_film")
+    run = official_run(tmp_path, models, folders, case)
+    with pytest.raises(ValueError, match=f"lora_adapter: only the adapter of an OFT policy; give .*{run}"):
+        open_checkpoint(run / "lora_adapter")
+
+    def both_refuse(message):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            load_policy(run)
+        capsys.readouterr()
+        assert not check(run)
+        assert re.search(f"(?s)incomplete: .*{message}", capsys.readouterr().out)
+
+    component = run / "vision_backbone--100_checkpoint.pt"
+    component.rename(tmp_path / "aside.pt")
+    both_refuse("vision_backbone.*is missing, but .*FiLM")
+    (tmp_path / "aside.pt").rename(component)
+    right = (run / O.OFT_RECORD).read_text()
+    (run / O.OFT_RECORD).unlink()
+    both_refuse("8 LIBERO, 25 ALOHA")
+    (run / O.OFT_RECORD).write_text(json.dumps({**json.loads(right), "proprio_dim": 7}))
+    both_refuse("proprio_projector: .*size mismatch")
+    (run / O.OFT_RECORD).write_text(right)
+    (tmp_path / "openvla-7b").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="lora_adapter/adapter_config.json: the base checkpoint .* not there"):
+        load_policy(run)
+
+    for file in (tmp_path / "elsewhere").iterdir():
+        shutil.copy(file, run)
+    assert open_checkpoint(run).adapter is None
+
+
+def test_discrete_folder_without_record(folders, tmp_path, recwarn):
+    """It looks like a token model; only the official script leaves a lora_adapter/ beside the weights."""
+    case = next(case for case in RAW["cases"] if case["model"] == "discrete")
+    folder = with_tokenizer(shutil.copytree(folders["tiny-openvla"], tmp_path / "m"))
+    official_components(folder, case)
+    official_adapter(folder, film=False)
+    assert load_policy(folder).is_oft
+    assert not recwarn
+    (folder / O.OFT_RECORD).unlink()
+    with pytest.warns(UserWarning, match="official OFT script .*no oft_config.json, so it is run as a token model"):
+        assert not load_policy(folder).is_oft
+    shutil.rmtree(folder / "lora_adapter")
+    assert not load_policy(folder).is_oft
+    assert not recwarn
 
 
 @pytest.mark.parametrize(
@@ -336,7 +555,6 @@ def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     import finetune_oft as F
     import policy as acting
     import train
-    from lora import merge
     from toy import play
     from toy import world as toy
 
@@ -411,7 +629,12 @@ def test_state_of_libero_has_eight_numbers(monkeypatch):
     import data
 
     rows = []
-    monkeypatch.setattr(data, "RLDS", lambda root, name, row, **options: rows.append(row))
+
+    def opened(root, name, row, **options):
+        rows.append(row)
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(data, "RLDS", opened)
     data.open_mixture("", "libero_4_task_suites_no_noops", oft_state=True)
     assert {row.state for row in rows} == {("EEF_state", "gripper_state")}
 
@@ -474,14 +697,24 @@ def test_several_datasets_make_one_model(world, tmp_path):
 
 def test_objects_that_do_not_fit():
     """Single actions are no chunks: padded with nothing they would teach standing still."""
-    from data import Samples
+    from data import Samples, check_cameras
     from train import Config, open_split
 
-    mine = Samples([dict(image=np.zeros((8, 8, 3), np.uint8), action=np.ones(7), instruction="go")] * 3)
-    with pytest.raises(ValueError, match="gives 1 actions at a time, training wants 8"):
+    frame = {
+        "image": np.zeros((8, 8, 3), np.uint8),
+        "wrist": np.zeros((8, 8, 3), np.uint8),
+        "action": np.ones(7),
+        "instruction": "go",
+    }
+    mine = Samples([frame] * 3)
+    with pytest.raises(ValueError, match="chunks of 8 actions, but single frames"):
         open_split(Config(data_mix=[(mine, 1.0)], action_chunk=8), "train")
-    with pytest.raises(ValueError, match="gives 1 images at a time, training wants 2"):
-        open_split(Config(data_mix=[(mine, 1.0)], views=("primary", "wrist")), "train")
+    two_cameras = Samples([frame] * 3, name="other", cameras=("image", "wrist"))
+    assert check_cameras([two_cameras]) == 2
+    with pytest.raises(ValueError, match="different numbers of images"):
+        check_cameras([mine, two_cameras])
+    with pytest.raises(ValueError, match="2 images at a time.*but this model takes 1"):
+        check_cameras([two_cameras], num_images=1)
 
 
 def test_objects_that_give_chunks(world, tmp_path):
@@ -489,14 +722,8 @@ def test_objects_that_give_chunks(world, tmp_path):
     import train
     from data import Samples
 
-    class Chunks(Samples):
-        action_chunk = 3
-
-        def __getitem__(self, i):
-            return super().__getitem__(i) | {"actions": np.full((3, 7), 0.1 * i, np.float32)}
-
     rows = [dict(image=np.zeros((8, 8, 3), np.uint8), action=np.full(7, 0.1 * i), instruction="go") for i in range(5)]
-    options = world[1] | dict(data_mix=[(Chunks(rows), 1.0)], max_steps=1)
+    options = world[1] | dict(data_mix=[(Samples([rows, rows]), 1.0)], max_steps=1)
     cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), use_proprio=False)
     assert np.isfinite(train.train(cfg, F.build)["loss"])
 

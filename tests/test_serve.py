@@ -173,7 +173,7 @@ GOOD = {"image": array(np.zeros((8, 8, 3), np.uint8)), "instruction": "lift it"}
         (dict(json=[1]), 422, "this is list"),
         (dict(json={}), 422, "image"),
         (dict(json={**GOOD, "image": [[0]]}), 422, "json-numpy"),
-        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 images in `image`; this policy takes 1"),
+        (dict(json={**GOOD, "image": [GOOD["image"]] * 2}), 422, "2 images in the request; this policy takes 1"),
         (dict(json={**GOOD, "image": {**GOOD["image"], "shape": [9, 9, 3]}}), 422, "are no uint8 array"),
         (dict(json={**GOOD, "image": {**GOOD["image"], "dtype": "|O"}}), 422, "array"),
         (dict(json={**GOOD, "image": {"__numpy__": "", "dtype": "M8[s/0]", "shape": [0]}}), 422, "no plain number"),
@@ -405,12 +405,16 @@ def test_oft(folders, tmp_path):
         np.testing.assert_allclose(answer, want, atol=1e-9)
         official = {"full_image": good["image"][0], "wrist_image": good["image"][1]}
         official |= {"state": array(np.full(7, 0.1)), "instruction": "go"}
-        aloha = {"right_wrist_image": 0, "left_wrist_image": good["image"][1], **official}  # of which two are taken
-        del aloha["wrist_image"]
-        for request in (official, aloha):
-            answer = json_numpy.loads(requests.post(f"{url}/act", json=request).text)
-            np.testing.assert_allclose(answer, want, atol=1e-9)
+        text = requests.post(f"{url}/act", json=official).text
+        encoded = requests.post(f"{url}/act", json={"encoded": json.dumps(official)}).json()
+        for answer in (text, encoded):  # a list of actions, as of the official server
+            assert json.loads(answer)[1].keys() == {"__numpy__", "dtype", "shape"} and len(json.loads(answer)) == 2
+            np.testing.assert_allclose(json_numpy.loads(answer), want, atol=1e-9)
 
+        aloha = {**official, "left_wrist_image": good["image"][1], "right_wrist_image": good["image"][0]}
+        del aloha["wrist_image"]
+        answer = requests.post(f"{url}/act", json=aloha)
+        assert answer.status_code == 422 and "3 images in the request" in answer.text
         for change, reason in (
             ({"image": good["image"][:1]}, "1 images"),
             ({"state": None}, "7 finite numbers"),
@@ -423,6 +427,21 @@ def test_oft(folders, tmp_path):
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_requests_of_official_oft_clients(folder):
+    """ALOHA's three cameras in one order; a policy of one image does not look at the wrists; a token model's answer."""
+    images = {name: array(picture(i)) for i, name in enumerate(("right_wrist_image", "left_wrist_image", "full_image"))}
+    body = json.dumps({**images, "instruction": "go", "state": array(np.full(14, 0.1))}).encode()
+    payload, form = serve.parse_json(body, num_images=3, max_pixels=1e6)
+    assert form == serve.OFT_JSON and payload["state"].shape == (14,)
+    for found, i in zip(payload["images"], (2, 1, 0), strict=True):
+        np.testing.assert_array_equal(found, picture(i))
+    payload, form = serve.parse_json(body, num_images=1, max_pixels=1e6)
+    np.testing.assert_array_equal(payload["images"], [picture(2)])
+
+    (action,) = serve.encode_answer(np.arange(7.0), "toy", form)
+    np.testing.assert_array_equal(serve.decode_array(action), np.arange(7.0))
 
 
 def test_clients_that_have_gone(folder, monkeypatch):

@@ -1,14 +1,18 @@
 """Prompts, ids, bins and normalisation against the official tokenizer, action tokenizer and data pipeline."""
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from common import GOLDENS, shared
+from common import GOLDENS, ROOT, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
+import protobuf
 import tokenizer as T
 from model import PAD_TOKEN_ID
 from normalize import normalize, unnormalize
@@ -145,6 +149,42 @@ def test_standin_has_llamas_layout(tmp_path):
     for text in ("pick up", "Zebra  über\n\tñ 漢字 🙂", " a", "x" * 50):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert not any(T.is_action_id(i) for i in tokenizer.encode(text))
+
+
+def test_standin_needs_no_protobuf(tmp_path):
+    """Its bytes are those that sentencepiece's own protobuf class wrote, which not every version of protobuf loads."""
+    path = tmp_path / "tokenizer.model"
+    code = f"""
+import sys
+sys.modules["google.protobuf"] = None  # cannot be imported
+
+from tokenizer import Tokenizer, make_standin
+
+make_standin({str(path)!r}, ("pick", "up", "cube"))
+print(Tokenizer({str(path)!r}).sp.encode("pick up cube", out_type=str))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "['▁pick', '▁up', '▁cube']", run.stderr
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256 == "3cc2af0b47d71db68a6c578978b85e390f141030a0b3fe06d02715550fc24318"
+
+
+@pytest.mark.parametrize(
+    ("field", "content"),
+    [
+        (protobuf.integer(1, 0), "08 00"),
+        (protobuf.integer(1, 127), "08 7f"),
+        (protobuf.integer(1, 128), "08 80 01"),
+        (protobuf.integer(16, True), "80 01 01"),
+        (protobuf.integer(1, -1), "08 ff ff ff ff ff ff ff ff ff 01"),
+        (protobuf.message(2, b"testing"), "12 07 74 65 73 74 69 6e 67"),
+        (protobuf.message(2, b""), "12 00"),
+        (protobuf.fixed32(2, 1.0), "15 00 00 80 3f"),
+    ],
+)
+def test_fields_of_protocol_buffers(field, content):
+    """As https://protobuf.dev/programming-guides/encoding says."""
+    assert field == bytes.fromhex(content)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import quickstart
-from formats import rlds
+from formats import tfrecord
 from tokenizer import BLANK, Tokenizer, make_standin
 from toy import world as toy
 
@@ -89,7 +89,7 @@ def test_tfds_opens_the_dataset(dataset):
     for split, episodes in splits.items():
         files = sorted(folder.glob(f"toy-{split}.tfrecord-*"))
         assert [f.name for f in files] == sorted(builder.info.splits[split].filenames)
-        records = [r for f in files for _, r in rlds.read_records(f)]
+        records = [r for f in files for _, r in tfrecord.read_records(f)]
         for record, episode in zip(records, episodes, strict=True):
             steps = list(builder.info.features.deserialize_example_np(record)["steps"])
             T = len(episode["action"])
@@ -108,7 +108,7 @@ def test_a_flipped_byte_is_noticed(dataset, tmp_path):
     data[len(data) // 3] ^= 1
     (tmp_path / "broken").write_bytes(data)
     with pytest.raises(ValueError, match="wrong checksum"):
-        list(rlds.read_records(tmp_path / "broken"))
+        list(tfrecord.read_records(tmp_path / "broken"))
 
 
 def test_a_dataset_replaces_an_older_one_whole(tmp_path):
