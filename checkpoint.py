@@ -114,9 +114,7 @@ class Checkpoint:
 
     def folder_with(self, file: str) -> Path:
         """The folder that has `file`: this one, or the base of a LoRA run that does not bring its own."""
-        path = self.folder / file
-        is_there = path.exists() or path.is_symlink()  # a link that leads nowhere is an error, not "not its own"
-        return self.base if self.base and not is_there else self.folder
+        return self.base if self.base and not is_there(self.folder / file) else self.folder
 
     def check_copied_files(self):
         """Raise ValueError or FileNotFoundError if files that are copied into a converted folder cannot be used."""
@@ -268,10 +266,10 @@ def adapter_folder(folder: str | Path) -> Path | None:
     lora_adapter/.
     """
     folder = Path(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_there(folder / ADAPTER_CONFIG):
         return folder
     has_weights = (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
-    if not has_weights and (folder / OFFICIAL_ADAPTER / ADAPTER_CONFIG).is_file():
+    if not has_weights and is_there(folder / OFFICIAL_ADAPTER / ADAPTER_CONFIG):
         return folder / OFFICIAL_ADAPTER
     return None
 
@@ -361,6 +359,11 @@ def require_file(path: Path, remedy: str, kind: str = "") -> Path:
             f"copied without its blobs; copy it with cp -rL, or download it again"
         )
     raise FileNotFoundError(f"{path}: {kind}missing, {remedy}")
+
+
+def is_there(path: Path) -> bool:
+    """True if the name is taken, also by a link that leads nowhere: reading it is an error, not the lack of a file."""
+    return path.exists() or path.is_symlink()
 
 
 def hint_for_missing(folder: Path) -> str:

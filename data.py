@@ -20,6 +20,7 @@ Axes: B batch, V cameras, S side of an image in pixels, K actions of a chunk, A 
 T tokens.
 """
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -445,6 +446,18 @@ def start_worker(worker: int):
 def end_with_parent():
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+@atexit.register
+def kill_workers():
+    """
+    End the workers that are left when Python ends, after an error for example. multiprocessing would send them SIGTERM,
+    which they ignore, and wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader would call it an error that they end
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def worker_context(mixture: Mixture):

@@ -100,7 +100,10 @@ def refuse_special(path: str | Path):
 def parse_json(text: str, place: str | Path):
     """Return what a JSON text says. Raises ValueError that names `place`."""
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # the escape of half a character, which needs its other half
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except ValueError as error:
         raise ValueError(f"{place}: not a JSON file ({error}); copy it again") from None
     except RecursionError:

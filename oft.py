@@ -550,8 +550,10 @@ def read_record(folder: Path) -> OFTConfig:
 def check_record(cfg: OFTConfig):
     """Raise ValueError for a config that no policy can have."""
     known = cfg.head in HEADS and cfg.scheme in SCHEMES
-    sizes = (cfg.action_chunk, cfg.action_dim, cfg.num_images, cfg.diffusion_steps)
-    if not known or min(sizes) < 1 or cfg.proprio_dim < 0:
+    least = {"action_chunk": 1, "action_dim": 1, "num_images": 1, "diffusion_steps": 1, "proprio_dim": 0}
+    sizes = {name: getattr(cfg, name) for name in least}
+    is_good = all(type(size) is int and least[name] <= size <= 10**4 for name, size in sizes.items())
+    if not known or not is_good or type(cfg.film) is not bool:
         raise ValueError(f"{cfg}; head is one of {', '.join(HEADS)}, scheme one of {', '.join(SCHEMES)}")
 
 

@@ -179,8 +179,8 @@ def refuse_parts(checkpoint: Checkpoint):
     """Raise ValueError for a folder that holds more than the model: its adapter or action head would get lost."""
     if checkpoint.adapter:
         raise ValueError(
-            f"--base_checkpoint {checkpoint.folder} is a LoRA run; merge it first: python convert_weights.py merge-lora "
-            f"{checkpoint.folder} OUT"
+            f"--base_checkpoint {checkpoint.folder} is a LoRA run; merge it first: python convert_weights.py "
+            f"merge-lora {checkpoint.folder} OUT"
         )
     if checkpoint.is_oft:
         raise ValueError(

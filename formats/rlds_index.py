@@ -30,7 +30,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -107,8 +107,8 @@ def read_trajectory(parser, record: bytes, row: oxe.Dataset, rng: np.random.Gene
     if "action" not in trajectory:
         raise ValueError(f'it has no action; of {sorted(trajectory)}, name the right keys in its row: action=("...",)')
     if isinstance(trajectory["action"], dict):
-        keys = [f'"action/{key}"' for key in trajectory["action"]]
-        raise ValueError(f"its action is a dict; name the parts in their order in its row: action=({', '.join(keys)})")
+        keys = ", ".join(f'"action/{key}"' for key in sorted(trajectory["action"]))
+        raise ValueError(f"its action is a dict; name its parts in the right order in the row: action=({keys})")
     action = np.asarray(trajectory["action"], np.float32)  # (T, A)
     if action.ndim != 2 or row.action_dim not in (None, action.shape[1]):
         raise ValueError(
@@ -378,7 +378,8 @@ def index_all(indexer: Indexer, tasks: Iterable[Task], num_processes: int) -> It
             if len(sent) == 2 * num_processes:
                 yield receive(*sent.popleft())
             connection = connections[i % num_processes]
-            connection.send(batch)
+            with suppress(ConnectionError):  # its process is gone, which `receive` says
+                connection.send(batch)
             sent.append((connection, batch))
         while sent:
             yield receive(*sent.popleft())

@@ -116,11 +116,11 @@ def check_format(folder: Path, info: dict):
         has_tfrecord = not others or any(f".{FORMAT}" in name for name in names)
         stored = ", ".join(others)
     if not has_tfrecord:
+        remedy = "load it with TFDS and write it with formats/write_rlds.py"
+        if stored == "array_record":
+            remedy = f"`python -m formats.write_rlds {folder}` writes it as {FORMAT}"
         raise ValueError(
-            f"{folder / 'dataset_info.json'}: the data is stored as {stored}, which is not read here, but {FORMAT} is. "
-            f"TFDS converts it: pip install tensorflow tensorflow-datasets; tfds convert_format "
-            f"--dataset_version_dir={folder} --out_file_format={FORMAT} "
-            f"--out_dir=NEW/{folder.parent.name}/{folder.name}"
+            f"{folder / 'dataset_info.json'}: the data is stored as {stored}, only {FORMAT} is read here; {remedy}"
         )
 
 

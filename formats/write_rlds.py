@@ -12,6 +12,8 @@ An episode is a dict of
 
 All episodes have the same keys and shapes. What does not fit is refused, with the episode and the key.
 
+    python -m formats.write_rlds DIR/my_robot/1.0.0     a dataset in ArrayRecord: write it as tfrecord, too
+
     episode -> encode_episode -> a tf.train.Example -> write_tfrecord -> NAME-SPLIT.tfrecord-00000-of-00014
 
 RLDS https://arxiv.org/abs/2111.02767, tfrecord and tf.train.Example as in tensorflow/core/lib/io/record_writer.h and
@@ -22,15 +24,18 @@ Axes: T steps of an episode, A dimensions of an action, S of a state, H and W he
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from files import write_json
-from formats.tfrecord import masked_crc32c
+from configurator import fail
+from files import atomic_write, read_json_object, write_json
+from formats.tfrecord import FORMAT, masked_crc32c
 from image import decode, encode_jpeg
+from progress import show_progress
 from protobuf import message
 
 VERSION = "1.0.0"
@@ -99,7 +104,7 @@ def convert_episode(episode: dict) -> tuple[np.ndarray, dict[str, np.ndarray | l
 
 def is_images(values) -> bool:
     """Return True for images: arrays (H, W, 3), or encoded ones."""
-    first = values[0] if np.iterable(values) and len(values) else None
+    first = next(iter(values), None) if np.iterable(values) else None
     return isinstance(first, bytes) or getattr(first, "ndim", 0) == 3
 
 
@@ -294,9 +299,40 @@ def write_split(folder: Path, name: str, split: str, records: Iterable[bytes], s
     }
 
 
-def write_tfrecord(path: Path, records: list[bytes]):
+def write_tfrecord(path: Path, records: Iterable[bytes]):
     """Write each record behind its length, both with a checksum. rlds.py reads them again with `read_records`."""
     with open(path, "wb") as file:
         for record in records:
             for part in (struct.pack("<Q", len(record)), record):
                 file.write(part + struct.pack("<I", masked_crc32c(part)))
+
+
+# -----------------------------------------------------------------------------
+# Command line: from ArrayRecord, in which newer versions of TFDS store data
+
+
+def convert_array_record(folder: Path):
+    """Write a tfrecord file beside each ArrayRecord file of a dataset, and say so in its dataset_info.json."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    info = read_json_object(folder / "dataset_info.json")
+    paths = sorted(folder.glob("*.array_record*"))
+    if not paths:
+        raise ValueError(f"{folder}: no ArrayRecord files; give the version folder, such as DIR/my_robot/1.0.0")
+    for path in show_progress(paths, "converting", "files"):
+        reader = ArrayRecordReader(str(path))
+        records = (reader.read([i])[0] for i in range(reader.num_records()))
+        with atomic_write(folder / path.name.replace("array_record", FORMAT)) as temporary:
+            write_tfrecord(temporary, records)
+    write_json(folder / "dataset_info.json", {**info, "fileFormat": FORMAT})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        fail("give the version folder of a dataset in ArrayRecord, such as DIR/my_robot/1.0.0")
+    try:
+        convert_array_record(Path(sys.argv[1]))
+    except ImportError as error:
+        fail(f"{error}: pip install array_record")
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)

@@ -77,6 +77,7 @@ def test_json(tmp_path, monkeypatch):
         b"[]": "expected a JSON object",
         b"[" * 100_000: "nested too deep",
         b'{"\xff": 1}': "not text in UTF-8",
+        b'{"\\uD800": 1}': "surrogates not allowed",
         b"{" + b" " * 100 + b"}": "at most 50",
     }.items():
         path.write_bytes(content)
@@ -84,6 +85,8 @@ def test_json(tmp_path, monkeypatch):
             monkeypatch.setattr(files, "MAX_TEXT", 50)
         with pytest.raises(ValueError, match=f"{path}: .*{message}"):
             files.read_json_object(path)
+    path.write_text(r'"\ud83d\ude00"')
+    assert files.read_json(path) == "😀"
 
 
 def test_nobody_waits_for_a_pipe(tmp_path):
@@ -114,6 +117,18 @@ def test_a_pickle_of_eight_bytes_takes_no_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10**7
+
+
+def test_check_of_an_adapter_without_its_config(tmp_path, capsys):
+    """The name is there, but a folder or a link that leads nowhere has it."""
+    shutil.copytree(GOLDENS / "tiny-lora", tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    (tmp_path / "a" / "adapter_config.json").symlink_to("nowhere")
+    assert not convert_weights.check(tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    (tmp_path / "a" / "adapter_config.json").mkdir()
+    assert not convert_weights.check(tmp_path / "a")
+    assert capsys.readouterr().out.count(str(tmp_path / "a" / "adapter_config.json")) == 2
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer.model"])

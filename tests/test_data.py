@@ -238,20 +238,10 @@ def readme_config(words: str) -> str:
     return next(block for block in blocks if words in block)
 
 
-def test_own_data_as_in_the_readme(tmp_path, monkeypatch, llama):
-    """Both examples work as pasted into a config file, with workers too."""
+def test_a_row_of_ones_own_as_in_the_docs(tmp_path, monkeypatch):
     import train
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recordings").mkdir()
-    rng = np.random.default_rng(0)
-    arrays = dict(image=rng.integers(0, 255, (6, 20, 30, 3), dtype=np.uint8), action=rng.normal(size=(6, 7)))
-    np.savez(tmp_path / "recordings" / "episodes.npz", **arrays, instruction=["go left"] * 6)
-    (tmp_path / "c.py").write_text(readme_config("Recordings"))
-    cfg = configure(train.Config, ["--config", "c.py"])
-    batches = stream(open_mixture("", cfg.data_mix), llama, workers=2, steps=1)
-    assert len(batches) == 2 and batches[0]["images"].shape == (4, 1, 28, 28, 3)
-
     shutil.copytree(shared("data/bridge_orig"), tmp_path / "my_robot")
     row = readme_config("oxe.Dataset(").replace("front_camera", "image_1").replace("joints", "state")
     assert len(row.splitlines()) <= 10
@@ -259,6 +249,34 @@ def test_own_data_as_in_the_readme(tmp_path, monkeypatch, llama):
     cfg = configure(train.Config, ["--config", "d.py"])
     dataset = open_mixture(tmp_path, cfg.data_mix)[0][0]
     assert len(dataset) == 250 and dataset[0]["proprio"].shape == (7,)  # nothing is dropped or relabelled
+
+
+def test_classes_of_a_config_file_reach_the_workers(tmp_path, monkeypatch, llama):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text(RECORDINGS)
+    cfg = configure(train.Config, ["--config", "c.py"])
+    batches = stream(open_mixture("", cfg.data_mix), llama, workers=2, steps=1)
+    assert len(batches) == 2 and batches[0]["images"].shape == (4, 1, 28, 28, 3)
+
+
+RECORDINGS = """
+import numpy as np
+from data import Samples
+
+
+class Recordings:
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        image = np.full((20, 30, 3), i, np.uint8)
+        return {"image": image, "action": np.full(7, 0.1 * i), "instruction": "go left"}
+
+
+data_mix = [(Samples(Recordings(), name="my_robot"), 1.0)]
+"""
 
 
 def test_several_cameras_proprio_and_chunks(llama):

@@ -135,9 +135,9 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
 
 PYTHON_ELSEWHERE = {  # words of a Python block of a page -> the test that runs it
     "oxe.Dataset(name=": "tests/test_data.py",
-    "class Recordings": "tests/test_data.py",
+    "Samples(": "tests/test_own_data.py",
     "# client.py": "tests/test_serve.py",
-    "LeRobot(": "tests/test_lerobot.py",
+    "LeRobot(": "tests/test_own_data.py",
 }
 
 

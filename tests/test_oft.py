@@ -319,6 +319,23 @@ def test_parts_of_an_official_folder(folders, models, tmp_path, capsys):
     assert open_checkpoint(run).adapter is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"action_chunk": 1e300},
+        {"num_images": 2.0},
+        {"proprio_dim": "8"},
+        {"film": "no"},
+        {"head": []},
+        {"action_dim": 0},
+    ],
+)
+def test_a_record_that_is_none_is_named(change, tmp_path):
+    (tmp_path / O.OFT_RECORD).write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=f"{tmp_path / O.OFT_RECORD}: "):
+        O.read_record(tmp_path)
+
+
 def test_discrete_folder_without_record(folders, tmp_path, recwarn):
     """It looks like a token model; only the official script leaves a lora_adapter/ beside the weights."""
     case = next(case for case in RAW["cases"] if case["model"] == "discrete")

@@ -281,3 +281,39 @@ def test_an_oft_export_is_whole_or_refused(config, tmp_path, monkeypatch):  # no
     load_policy(tmp_path / "oft")
     again = load_file(tmp_path / "oft" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "raise KeyError('an error of our own')", ""])
+@pytest.mark.parametrize("own_class", [False, True], ids=["forkserver", "fork"])
+def test_no_end_of_python_waits_for_workers(ending, own_class, tmp_path):
+    """They ignore SIGTERM, with which multiprocessing ends what is left, and the loader may still live then."""
+    samples = "Own()" if own_class else "[frame] * 8"
+    (tmp_path / "code.py").write_text(f"""
+import numpy as np
+from data import Mixture, Positions, Samples, make_loader
+import sys
+from tokenizer import PROMPT, Tokenizer, make_standin
+
+frame = {{"image": np.zeros((8, 8, 3), np.uint8), "action": np.ones(7), "instruction": "go"}}
+
+class Own(list):
+    def __len__(self):
+        return 8
+    def __getitem__(self, i):
+        return frame
+
+Own.__module__ = "of a config file"
+if __name__ == "__main__":  # the server of the workers reads this file, too
+    make_standin("tokenizer.model")
+    mixture = Mixture([(Samples({samples}), 1.0)], Tokenizer("tokenizer.model", PROMPT), image_size=28)
+    batches = iter(make_loader(mixture, Positions(4, 4), num_workers=2))
+    next(batches)
+    sys.modules["keeps"] = batches  # until the very end
+    {ending}
+""")
+    command = [sys.executable, "code.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == (3 if "3" in ending else 1 if ending else 0), done.stderr
+    assert done.stderr.count("Traceback") == ("KeyError" in ending)
