@@ -118,9 +118,12 @@ class Checkpoint:
 
     def check_copied_files(self):
         """Raise ValueError or FileNotFoundError if files that are copied into a converted folder cannot be used."""
-        for file, reader in {"tokenizer.model": "tokenizer", "preprocessor_config.json": "processor"}.items():
-            if (self.folder_with(file) / file).exists():
-                getattr(self, reader)
+        has_tokenizer = (self.folder_with("tokenizer.model") / "tokenizer.model").exists()
+        has_processor = (self.folder_with("preprocessor_config.json") / "preprocessor_config.json").exists()
+        if has_tokenizer:
+            _ = self.tokenizer  # reads it, or raises
+        if has_processor:
+            _ = self.processor
 
     def refuse_quantized(self):
         """Raise ValueError for a quantized folder: training, merging, adapters and OFT need the weights themselves."""
@@ -336,6 +339,7 @@ def fingerprint_files(paths: list[Path]) -> str:
     """Return a hash of names, sizes and sixteen places of some files."""
     digest = hashlib.sha256()
     for path in paths:
+        refuse_special(path)
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

@@ -217,6 +217,7 @@ def prismatic_to_hf(
     tensors = open_run(training_run.weights, vision)
     sizes = read_json(config) if config else {}
     cfg = infer_config(training_run.weights, tensors, {**training_run.config, **sizes})
+    describe_actions(training_run.statistics)  # raises ValueError for broken ones
 
     # Where does each tensor go?
     torch_dtype = getattr(torch, dtype)

@@ -20,18 +20,12 @@ Axes: B batch, V cameras, S side of an image in pixels, K actions of a chunk, A 
 T tokens.
 """
 
-import atexit
-import multiprocessing
 import os
 import pickle
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +36,12 @@ from formats import oxe
 from formats.dataset import HOLD_OUT, RobotDataset
 from formats.rlds import RLDS
 from formats.samples import Samples  # noqa: F401 (so that a config file finds it beside the rest)
+from formats.workers import ignored_signals, serve_main_process
 from image import augment, decode, resize_lanczos3, to_rgb
 from normalize import normalize
 from progress import no_progress
 from tokenizer import IGNORE_INDEX, PAD, Tokenizer, pad_sequences
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 BLOCK = 4096  # positions of the stream after which the shares of a mixture are exact again
 
 
@@ -434,30 +428,8 @@ def make_loader(mixture: Mixture, positions: Positions, num_workers: int = 0, pi
 
 
 def start_worker(worker: int):
-    """
-    Run first in each worker: signals that stop a run are for the main process, which still needs batches until it has
-    saved; and a worker ends when the main process does, even if that was killed.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-@atexit.register
-def kill_workers():
-    """
-    End the workers that are left when Python ends, after an error for example. multiprocessing would send them SIGTERM,
-    which they ignore, and wait for them for ever.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader would call it an error that they end
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    """Run first in each worker. worker: its number."""
+    serve_main_process()
 
 
 def worker_context(mixture: Mixture):
@@ -475,17 +447,3 @@ def worker_context(mixture: Mixture):
     with ignored_signals():  # as the server inherits it
         forkserver.ensure_running()
     return context
-
-
-@contextmanager
-def ignored_signals() -> Iterator[None]:
-    """Ignore the signals that stop a run. (Signals can be set in the main thread only; elsewhere nothing happens.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,6 +11,10 @@ FSDP2: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; h
 """
 
 import os
+import signal
+import socket
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +34,8 @@ def start_processes() -> tuple[int, int, str]:
     """
     if not dist.is_initialized():
         check_environment()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            stop_with_launcher()
     has_cuda = torch.cuda.is_available()
     device = "cpu"
     if has_cuda:
@@ -38,6 +44,32 @@ def start_processes() -> tuple[int, int, str]:
     if is_torchrun() and not dist.is_initialized():
         dist.init_process_group("nccl" if has_cuda else "gloo")
     return rank(), world_size(), device
+
+
+def stop_with_launcher():
+    """
+    From now on this process gets SIGTERM, on which it saves and ends, when torchrun has ended, even if that was killed.
+    (torchrun starts it in a session of its own, so that no terminal and no kill of a group reaches it.) Raises
+    ValueError if torchrun has ended already.
+    """
+    threading.Thread(target=watch_launcher, args=(os.getppid(),), daemon=True).start()
+
+    # It may have ended before it was watched. Then nobody listens where the processes are to meet.
+    launcher_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launcher_listens:
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection((host, port), timeout=60).close()
+        except OSError as error:
+            raise ValueError(f"torchrun does not answer at {host}:{port} ({error}); start it again") from None
+
+
+def watch_launcher(launcher: int):
+    """Wait until this process has another parent than `launcher`, and send it SIGTERM."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_environment():

@@ -83,7 +83,9 @@ def oft_config(cfg: Config, dataset: RobotDataset) -> OFTConfig:
     state_dim = 0
     if cfg.use_proprio:
         if not stats.get("proprio", {}).get("q01"):
-            raise ValueError(f"{dataset.name} has no states of the robot; give --use_proprio False")
+            raise ValueError(
+                f"{dataset.name} has no states of the robot; name them (state=), or give --use_proprio False"
+            )
         state_dim = len(stats["proprio"]["q01"])
     return OFTConfig(
         action_chunk=cfg.action_chunk,

@@ -236,6 +236,9 @@ class ImageProcessor:
         """(H, W, 3) uint8 -> (size, size, 3) uint8, with PIL's bicubic filter. The input is not changed."""
         pil = Image.fromarray(image)
         if self.strategy == "resize-naive":
+            if pil.width < self.size < pil.height:
+                # Height first, as Pillow 13 does by itself. Older ones begin with the width, which gives other values.
+                pil = pil.resize((pil.width, self.size), Image.Resampling.BICUBIC)
             return np.array(pil.resize((self.size, self.size), Image.Resampling.BICUBIC))
         if self.strategy == "letterbox":
             pil = pad_to_square(pil, self.fill)

@@ -18,6 +18,10 @@ import numpy as np
 SCHEMES = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max")}
 SCHEME = "bounds_q99"  # of all datasets but ALOHA
 
+# The dimensions of an end-effector action and their units: changes of position and rotation, and the gripper, 1 open,
+# 0 closed.
+UNITS = {"dx": "m", "dy": "m", "dz": "m", "droll": "rad", "dpitch": "rad", "dyaw": "rad", "gripper": ""}
+
 
 # -----------------------------------------------------------------------------
 # There and back

@@ -24,15 +24,12 @@ from checkpoint import OFFICIAL_ADAPTER, OFT_RECORD, Checkpoint, check_export, o
 from image import JPEG, ImageProcessor, center_crop, decode, encode_jpeg, resize_lanczos3, to_rgb
 from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
-from normalize import SCHEME, SCHEMES, normalize, unnormalize
+from normalize import SCHEME, SCHEMES, UNITS, normalize, unnormalize
 from oft import OFT, OFTConfig, load_oft
 from progress import no_progress
 from speed.engine import Engine
 from speed.quantize import load_quantized
 from tokenizer import PAD, Tokenizer, decode_action, encode_action, is_action_id, pad_sequences
-
-# The unit of each dimension of an end-effector action. Gripper: 1 open, 0 closed.
-UNITS = {"dx": "m", "dy": "m", "dz": "m", "droll": "rad", "dpitch": "rad", "dyaw": "rad", "gripper": ""}
 
 
 @dataclass

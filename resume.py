@@ -86,7 +86,8 @@ def lock_run(run: Path):
     """
     if not is_main_process() or fcntl is None:
         return None
-    file = open(run / ".lock", "w")
+    refuse_special(run / ".lock")
+    file = open(run / ".lock", "a")  # not "w": if it is a link, what it leads to stays as it is
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -262,6 +263,8 @@ class DataOnlyUnpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str):
+        if module == "pathlib._local":  # what Python 3.13 calls pathlib, and no other
+            module = "pathlib"
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
@@ -282,6 +285,7 @@ class DataOnlyReader(FileSystemReader):
             for info in metadata.storage_data.values():
                 if Path(info.relative_path).name != info.relative_path:
                     raise pickle.UnpicklingError(f"it points to {info.relative_path}, outside the folder")
+                refuse_special(Path(self.path) / info.relative_path)
         except FileNotFoundError:
             raise
         except Exception as error:  # a broken pickle raises all kinds

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from protobuf import fixed32, integer, message
+from formats.protobuf import fixed32, integer, message
 
 UNK = 0  # <unk>
 BOS = 1  # <s>

@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ from distributed import (
 from files import atomic_write, write_json
 from formats.dataset import END_EFFECTOR, HOLD_OUT, RobotDataset
 from formats.faults import find_faults, read_numbers
+from formats.workers import STOP_SIGNALS
 from image import CROPPED, WHOLE, ImageProcessor
 from metrics import Log, Window, count_errors, plot_curves
 from model import INDEX, OpenVLA, OpenVLAConfig
@@ -84,6 +86,7 @@ class Config:
     image_aug: bool = True  # random 90 % crops and colours; the checkpoint then asks for centre crops
     num_workers: int = 2  # processes that read and decode
     hold_out: float = HOLD_OUT  # share of the episodes that is not trained on, of data without a validation split
+    make_data: str = ""  # command that makes the data if data_root_dir has none, for example that of configs/toy.py
     skip_bad_records: bool = False  # leave broken records out of the index and count them, instead of stopping
 
     # Model
@@ -170,7 +173,9 @@ def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
     path = cfg.tokenizer
     if not path:
         path = run_folder(cfg) / "tokenizer.model"
-        make_standin(path, cfg.words)
+        if is_main_process():
+            make_standin(path, cfg.words)
+        barrier()
     tokenizer = Tokenizer(path, prompt_for(config.extra))
     return OpenVLA(config).init_weights(cfg.seed), tokenizer, processor
 
@@ -323,8 +328,6 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     started_at = step
 
     # The stream of batches is a function of the step, so it continues where it was.
-    signals_received = []
-    handlers = catch_signals(signals_received)
     mixture = Mixture(
         train_data,
         trainee.tokenizer,
@@ -347,7 +350,12 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         window.restore(read_train_record(resumed).get("window"))
     metrics = {}
 
-    while step < cfg.max_steps and not signals_received:
+    # From here on a signal does not end the process at once: there is something to save.
+    signals_received = []
+    handlers = catch_signals(signals_received)
+    is_stopping = False
+
+    while step < cfg.max_steps and not is_stopping:
         lr = get_lr(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -376,11 +384,9 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
         step += 1
         is_last = step == cfg.max_steps
 
-        # Ctrl-C or SIGTERM may have reached one process only; all of them stop together, after this step.
-        if has_many_processes:
-            num_signals = total(torch.tensor(len(signals_received), device=device))
-            if num_signals > 0 and not signals_received:
-                signals_received.append(signal.SIGTERM)
+        # Ctrl-C or SIGTERM may have reached one process only, or one before another. They stop after the same step.
+        num_signals = total(torch.tensor(len(signals_received), device=device))
+        is_stopping = num_signals.item() > 0
 
         # Report.
         if log:
@@ -394,7 +400,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
                 log.write(metrics)
 
         # Save.
-        if step % cfg.save_every == 0 or is_last or signals_received:
+        if step % cfg.save_every == 0 or is_last or is_stopping:
             about = {**describe_run(cfg, statistics, base), "window": window.state()}
             save_checkpoint(run, step, model, optimizer, about, cfg.keep_checkpoints)
             if log and metrics:
@@ -406,8 +412,8 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     if log:
         log.close()
     unlock_run(lock)
-    if signals_received:
-        stop(step, signals_received[0])
+    if is_stopping:
+        stop(step, signals_received[0] if signals_received else signal.SIGTERM)
     if started_at >= cfg.max_steps:
         # Only a resumed run starts at its last step. It may have been killed before its export.
         if not is_exported(run, resumed):
@@ -450,7 +456,7 @@ def catch_signals(received: list) -> dict:
     `received`. Returns what `restore_signals` takes.
     """
     handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
     return handlers
 
@@ -463,8 +469,9 @@ def restore_signals(handlers: dict):
 def stop(step: int, signal_number: int):
     """End a run that a signal has stopped, with the exit code that shells expect."""
     if is_main_process():
-        print(f"stopped after step {step}; resume with: {resume_command()}")
-        raise SystemExit(128 + signal_number)
+        print(f"stopped after step {step}; resume with: {resume_command()}", flush=True)
+    barrier()  # as in exit_cleanly
+    raise SystemExit(128 + signal_number)
 
 
 def resume_command() -> str:
@@ -487,6 +494,8 @@ def print_start(datasets: list[RobotDataset], num_trained: int, num_parameters: 
         f"{num_trained / 1e6:.1f} M of {num_parameters / 1e6:.1f} M parameters train, {num_frames:,} frames in "
         f"{len(datasets)} datasets, from step {step}"
     )
+    if torch.backends.mps.is_available():
+        print("note: training does not use this Mac's GPU (mps), it runs on the CPU; sample.py and robots.serve use it")
     for dataset in datasets:
         for finding in find_faults(read_numbers(dataset, max_instructions=1000)):
             if finding.is_wrong:
@@ -570,10 +579,12 @@ def check_writable(run: Path):
 
 def open_data(cfg: Config) -> tuple[list, list]:
     """
-    Return [(dataset, weight)] for training and, if the config asks for validation, for validation. The index of a
-    dataset is made once, by the main process; the others wait for it.
+    Return [(dataset, weight)] for training and, if the config asks for validation, for validation. Data that is
+    missing and the index of a dataset are made once, by the main process; the others wait for it.
     """
-    if not is_main_process():
+    if is_main_process():
+        make_missing_data(cfg)
+    else:
         barrier()
     progress = show_progress if is_main_process() else no_progress
     train_data = open_split(cfg, "train", progress)
@@ -584,6 +595,28 @@ def open_data(cfg: Config) -> tuple[list, list]:
     if cfg.val_every and not any(len(dataset) for dataset, _ in val_data):
         raise ValueError(f"--val_every: no validation split, and --hold_out {cfg.hold_out:g} leaves no episode for one")
     return train_data, val_data
+
+
+def make_missing_data(cfg: Config):
+    """Run the command `make_data`, if there is one and the data is not there. Raises OSError if it fails."""
+    if not cfg.make_data or not isinstance(cfg.data_mix, str):
+        return
+    is_there = (Path(cfg.data_root_dir) / cfg.data_mix).exists()
+    if is_there:
+        return
+
+    command = cfg.make_data.replace("{data_root_dir}", shlex.quote(cfg.data_root_dir))
+    print(f"$ {command}", flush=True)
+    words = shlex.split(command)
+    if words[0] == "python":
+        words[0] = sys.executable
+    search_path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    code = subprocess.run(words, env={**os.environ, "PYTHONPATH": search_path}).returncode
+    if code != 0:
+        raise OSError(
+            f"--make_data: {command!r} ended with exit code {code}, so there is no data in {cfg.data_root_dir}; run it "
+            f"yourself to see why"
+        )
 
 
 def open_split(cfg: Config, split: str, progress: Callable = no_progress) -> list[tuple[RobotDataset, float]]:

@@ -3,8 +3,7 @@ The toy world: a small OpenVLA from random weights, in about four minutes on two
 
     python train.py --config toy.py
 
-Needs the demonstrations of `python -m toy.world --folder runs/toy/data --episodes 4000`. quickstart.py makes them,
-runs this, and lets the policy act.
+The first run makes the demonstrations. quickstart.py does all of it, and lets the policy act.
 """
 
 from toy import world
@@ -12,6 +11,7 @@ from toy import world
 words = world.WORDS  # a token each
 data_root_dir = "runs/toy/data"
 data_mix = "toy"
+make_data = "python -m toy.world --folder {data_root_dir} --episodes 4000"
 run_dir = "runs/toy"
 image_aug = False
 _dinov2 = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": 42, "mlp_dim": 256}

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
+from normalize import UNITS
+
 HOLD_OUT = 0.05  # share of the episodes that is not trained on, where a dataset has no validation split
 
-# The dimensions of an end-effector action: changes of the position in metres, changes of the rotation in radians, and
-# the gripper, 1 open, 0 closed.
-END_EFFECTOR = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+END_EFFECTOR = tuple(UNITS)  # the names of an end-effector action's dimensions
 
 
 class RobotDataset(Protocol):

@@ -20,19 +20,17 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +47,7 @@ from formats.tfrecord import (
     read_info,
 )
 from formats.user_code import fingerprint_of
+from formats.workers import serve_main_process
 from normalize import compute_statistics
 from progress import no_progress
 
@@ -57,26 +56,16 @@ VERSION = 2  # of the files of an index; another one makes all indices anew
 # The tables of an index, one file each for every split. `write_index` says what their columns are.
 TABLES = {"action": "<f4", "proprio": "<f4", "frames": "<i8", "episodes": "<i8"}
 
-# The first bytes of JPEG, PNG and of what else image.py decodes: GIF, BMP, JPEG 2000, TIFF, WebP, PPM
+# The first bytes of the images that image.py decodes
 IMAGE_STARTS = (
-    b"\xff\xd8",
-    b"\x89PNG",
-    b"GIF8",
-    b"BM",
-    b"\0\0\0\x0cjP",
-    b"\xff\x4f",
-    b"II*\0",
-    b"MM\0*",
-    b"RIFF",
-    b"P5",
-    b"P6",
+    *(b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF"),  # JPEG, PNG, GIF, BMP, WebP
+    *(b"\xff\x4f", b"\0\0\0\x0cjP", b"II*\0", b"MM\0*", b"P5", b"P6"),  # JPEG 2000, TIFF, PPM
 )
 
 MB = 10**6
 MAX_BATCH_BYTES = 8 * MB  # a process gets so much at a time,
 MAX_BATCH = 256  # and so many records: that a request fits into a pipe, so that sending it does not wait
 MIN_BYTES_PER_PROCESS = 32 * MB  # less is not worth starting another process
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DAY = 24 * 60 * 60  # seconds
 
 
@@ -401,16 +390,10 @@ def receive(connection: Connection, batch: list[Task]) -> list[tuple]:
 
 def serve(indexer: Indexer, connection: Connection):
     """Index batches in a process of its own, which ends when the main process does, even if that was killed."""
-    for number in STOP_SIGNALS:  # these are for the main process
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    while True:
-        connection.send(indexer.index(connection.recv()))
-
-
-def end_with_parent():
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    serve_main_process()
+    with suppress(EOFError, ConnectionError):  # the main process is gone
+        while True:
+            connection.send(indexer.index(connection.recv()))
 
 
 def count_processes(num_bytes: int) -> int:
@@ -464,10 +447,10 @@ def write_index(
         for split, files in shards.items():
             chosen = row.episodes if split == row.train_split else None
             tasks = Tasks(files, first_record, chosen)
-            outcomes = in_megabytes(index_all(indexer, tasks, num_processes))
             total = sizes[split] // MB + 1
-            shown = progress(outcomes, f"indexing {name} {split}", "MB", total=total)
-            num_episodes, num_frames = tables.write(split, shown, text)
+            with closing(index_all(indexer, tasks, num_processes)) as batches:  # its processes end with it
+                shown = progress(in_megabytes(batches), f"indexing {name} {split}", "MB", total=total)
+                num_episodes, num_frames = tables.write(split, shown, text)
             tasks.check_chosen(folder, split)
             first_record = tasks.next_record
             splits[split] = {"episodes": num_episodes, "frames": num_frames, "files": [path.name for path in files]}

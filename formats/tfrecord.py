@@ -182,9 +182,12 @@ def find_shards(folder: Path, split: Split, on_bad: Callable[[str], None] | None
     missing or too many; with `on_bad` it calls on_bad(message) instead.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    matches = [match for name in names if (match := re.fullmatch(shard_pattern(split), name))]
+    matches = [re.fullmatch(shard_pattern(split), name) for name in names]
+    matches = [match for match in matches if match]
     unnumbered = [name for name in names if f"-{split.name}.{FORMAT}" in name and "-of-" not in name]
     dataset = dataset_of(split, matches)
+
+    # The names that it should have.
     lengths = split.lengths
     if lengths is None:
         lengths = [None] * (count_shards(folder, split, dataset, matches) or len(unnumbered))
@@ -245,7 +248,7 @@ class Place:
     path: Path
     number: int  # of the record in its file
     offset: int  # where it begins, in bytes
-    length: int  # of its content, in bytes
+    length: int  # of its content, in bytes; 0 if it cannot be read
     problem: str = ""
 
     @property
@@ -304,7 +307,10 @@ def find_records(path: Path, num_records: int | None = None) -> Iterator[Place]:
                 problem = f"it has {length:,} bytes, an episode has at most {MAX_RECORD:,}"
             elif end > size:
                 problem = f"cut off, {size - offset:,} bytes of {end - offset:,}"
-            yield Place(path, number, offset, length, problem and bad_record(path, number, offset, problem))
+            if problem:
+                yield Place(path, number, offset, 0, bad_record(path, number, offset, problem))
+            else:
+                yield Place(path, number, offset, length)
             offset = end
             number += 1
     finally:

@@ -264,9 +264,10 @@ def import_users_module(name: str, dots: int, package: str | None) -> ModuleType
         if dots:
             name = importlib.util.resolve_name("." * dots + name, package)
         spec = importlib.util.find_spec(name.partition(".")[0])
-        is_users = spec is not None and (
-            spec.origin is None or Path(spec.origin).is_file() and not is_installed(spec.origin)
-        )
-        return importlib.import_module(name) if is_users else None
+        if spec is None:
+            return None
+        is_folder = spec.origin is None
+        is_users_file = not is_folder and Path(spec.origin).is_file() and not is_installed(spec.origin)
+        return importlib.import_module(name) if is_folder or is_users_file else None
     except (ImportError, ValueError):
         return None

@@ -33,10 +33,10 @@ import numpy as np
 
 from configurator import fail
 from files import atomic_write, read_json_object, write_json
+from formats.protobuf import message
 from formats.tfrecord import FORMAT, masked_crc32c
 from image import decode, encode_jpeg
 from progress import show_progress
-from protobuf import message
 
 VERSION = "1.0.0"
 JPEG_START = b"\xff\xd8"

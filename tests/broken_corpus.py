@@ -331,7 +331,11 @@ def results(folder: Path) -> dict[str, str]:
         if path.name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             written[name] = str([(row.get("step"), row.get("loss")) for row in rows])
-        elif path.suffix in (".safetensors", ".pt", ".json", ".png", ".model"):
+        elif path.suffix == ".safetensors":
+            content = path.read_bytes()
+            header = int.from_bytes(content[:8], "little")  # bytes; the order in it changes from run to run
+            written[name] = str(zlib.crc32(content[8 + header :]))
+        elif path.suffix in (".pt", ".json", ".png", ".model") and path.name != "export.json":
             written[name] = str(zlib.crc32(path.read_bytes()))
     written["answer"] = str(re.findall(r'"actions": .*?\]\]', (folder / "stdout").read_text()))
     return written

@@ -336,7 +336,8 @@ def main():
         begin = time.monotonic()
         run_to_the_end(kind, folder / f"{kind}-whole")
         seconds = time.monotonic() - begin
-        kills = args.kills // len(args.kinds) + (i < args.kills % len(args.kinds))
+        share, rest = divmod(args.kills, len(args.kinds))
+        kills = share + 1 if i < rest else share
         found = torture(kind, folder, plan_for(kind, kills, bool(args.signals), rng), seconds, rng)
         strikes += found[0]
         problems += found[1]

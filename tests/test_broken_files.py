@@ -103,6 +103,7 @@ def test_nobody_waits_for_a_pipe(tmp_path):
         "a.png": image.to_rgb,
         "a.safetensors": checkpoint.read_layout,
         "a.pt": checkpoint.open_pt,
+        "b.pt": lambda path: checkpoint.fingerprint_files([path]),
         ".metadata": lambda path: resume.DataOnlyReader(path.parent).read_metadata(),
     }.items():
         os.mkfifo(tmp_path / name)

@@ -311,6 +311,10 @@ def test_clear_errors_and_nothing_written(run, tmp_path, tokenizer, sizes, monke
         fails("will be written, the disk has 0.0 GB", tokenizer, sizes, error=OSError)
     (run / "dataset_statistics.json").rename(run / "gone.json")
     fails("dataset_statistics.json: missing", tokenizer, sizes, error=FileNotFoundError)
+    statistics = read(run / "gone.json")
+    next(iter(statistics.values()))["action"]["q01"][0] = "low"
+    (run / "dataset_statistics.json").write_text(json.dumps(statistics))
+    fails("dataset_statistics.json: .*q01 and q99 must be finite numbers", tokenizer, sizes)
     (run / "gone.json").rename(run / "dataset_statistics.json")
     config = read(run / "config.json")
     (run / "config.json").write_text(json.dumps(config | {"vla": {"base_vlm": "clip+7b"}}))

@@ -90,6 +90,9 @@ SHORT = {  # pattern of a command -> what makes it short
     "curl*": "",
     "python -m bench serve*": "--seconds 1 --clients 2",
     "python -m robots.widowx*": "--episodes 1 --max_steps 2",
+    "python tests/kill_runs.py*": "--kills 1 --kinds train --signals 0",
+    "python tests/broken_corpus.py*": "--count 2 --kinds image",
+    "torchrun --nproc-per-node 2 train.py --config toy.py": f"{TRAIN} --micro_batch_size 1 --run_dir runs/two_toy",
 }
 
 CI = (ROOT / ".ci" / "run").read_text()
@@ -129,7 +132,9 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "apt-get install*": "wants to be root",
     "docker compose*": "runs beside the robot",
     "pip install -e bridge_data_robot/widowx_envs*": "is the robot's client",
+    "python -m formats.write_rlds FOLDER": "wants array_record; tests/test_rlds.py runs it",
     "hf download*": "gets the simulator's assets",
+    "pip install array_record": "what it is for is tested in tests/test_rlds.py",
     "pip install pyarrow av": "what it is for is tested in tests/test_lerobot.py",
 }
 
@@ -239,6 +244,7 @@ def place(tmp_path_factory):
         to = place / path.relative_to(ROOT)
         to.parent.mkdir(exist_ok=True)
         shutil.copy(path, to)
+    (place / "tests" / "goldens").symlink_to(ROOT / "tests" / "goldens")
     for name, key in (("openvla-7b", "bridge_orig"), ("openvla-7b-finetuned-libero-spatial", "libero_spatial")):
         write_random_checkpoint(place / name, "tiny")
         config = json.loads((place / name / "config.json").read_text())

@@ -62,17 +62,17 @@ def local_imports(name: str) -> set[str]:
     return {other for other in imported_names(MODULES[name]) if other in MODULES} - {name}
 
 
-@pytest.mark.parametrize("name", ["configurator", "files", "progress", "protobuf", "normalize", "formats.dataset"])
+@pytest.mark.parametrize(
+    "name", ["configurator", "files", "progress", "normalize", "formats.protobuf", "formats.workers"]
+)
 def test_the_base_stands_alone(name):
     assert local_imports(name) == set()
 
 
-def test_the_tokenizer_needs_protobuf_only():
-    assert local_imports("tokenizer") == {"protobuf"}
-
-
-def test_the_table_of_datasets_reads_no_files():
-    assert local_imports("formats.oxe") == {"formats.dataset"}
+def test_tokenizer_and_table_need_little():
+    assert local_imports("tokenizer") == {"formats.protobuf"}
+    assert local_imports("formats.dataset") == {"normalize"}
+    assert local_imports("formats.oxe") == {"formats.dataset"}  # it reads no files
 
 
 def test_the_model_needs_files_only():
@@ -178,20 +178,7 @@ def test_a_newcomer_has_few_files_to_follow(folders, tmp_path):
     argv += ["--data_root_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
     learn = files_of_what_runs(lambda: train.train(configure(train.Config, argv)))
     walk = {"formats.rlds", "formats.oxe", "data", "image", "normalize", "tokenizer", "model", "train"}
-    around = {"configurator", "distributed", "resume", "metrics", "files", "progress", "protobuf", "toy", "toy.world"}
-    assert (
-        walk
-        <= learn
-        <= walk
-        | around
-        | {
-            "formats.write_rlds",
-            "formats",
-            "formats.dataset",
-            "formats.rlds_index",
-            "formats.tfrecord",
-            "formats.user_code",
-            "formats.faults",
-            "formats.samples",
-        }
-    )
+    around = {"configurator", "distributed", "resume", "metrics", "files", "progress", "toy", "toy.world"}
+    readers = {"dataset", "faults", "protobuf", "rlds_index", "samples", "tfrecord", "user_code", "workers"}
+    readers |= {"write_rlds"}  # of the toy world
+    assert walk <= learn <= walk | around | {"formats"} | {f"formats.{name}" for name in readers}

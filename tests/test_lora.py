@@ -454,3 +454,15 @@ def test_quantized_run(setup, tmp_path):
     assert metrics["loss"] < 9.5  # from 10.4
     lora.merge(tmp_path / "run", tmp_path / "merged")
     assert policy.load_policy(tmp_path / "merged").norm_stats
+
+
+def test_a_run_as_base_is_refused(setup, tmp_path):
+    """Its adapter would get lost."""
+    _, options = setup
+    run_here(options("run", "--max_steps", "1"))
+    again = [*options("next"), "--base_checkpoint", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="is a LoRA run; merge it first"):
+        run_here(again)
+    full = [option for option in again if option not in ("--lora_rank", "4")]
+    with pytest.raises(ValueError, match="is a LoRA run; merge it first"):
+        train.train(configure(train.Config, full))

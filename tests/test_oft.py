@@ -209,7 +209,7 @@ def official_adapter(folder, film):
 
     # Where the base was in the cache of the machine that trained.
     config = json.loads((folder / "lora_adapter/adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "/root/.cache/huggingface/hub/models--openvla--openvla-7b/snapshots/47a0ec7"
+    config["base_model_name_or_path"] = "/cache/hub/models--openvla--openvla-7b/snapshots/47a0ec7"
     (folder / "lora_adapter/adapter_config.json").write_text(json.dumps(config))
 
 
@@ -585,6 +585,8 @@ def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     policy = acting.load_policy(tmp_path / "run")
     assert policy.model.oft == O.OFTConfig(3, 7, 7 * state, 1, head, film)  # known from the folder alone
     merge(tmp_path / "run", tmp_path / "merged")
+    with pytest.raises(ValueError, match="is an OFT policy, whose action head would get lost"):
+        train.load_or_create(train.Config(base_checkpoint=str(tmp_path / "merged")))
     pictures, states = [[np.full((224, 224, 3), v, np.uint8)] for v in (40, 200)], np.ones((2, 7), np.float32)
     chunks = []
     for folder in ("run", "merged"):

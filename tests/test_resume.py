@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT
+from common import ROOT, free_port
 from safetensors.torch import load_file, save_file
 from test_train import config, losses, run, same_weights, train_here  # noqa: F401
 
@@ -23,6 +23,7 @@ import finetune_oft
 import resume
 import train
 from configurator import configure
+from distributed import start_processes
 from files import atomic_write
 from policy import load_policy
 
@@ -98,6 +99,26 @@ def test_a_resumed_folder_runs_no_code(step_folder, config, tmp_path, attack, ca
     error = capsys.readouterr().err
     assert end.value.code == 2 and str(step_folder) in error and error.startswith("error: ")
     assert not mark.exists()
+
+
+def test_nobody_waits_for_a_pipe(step_folder):
+    """In place of a file that is read, or of the lock."""
+    file = step_folder / "__0_0.distcp"
+    lock = step_folder.parents[1] / ".lock"
+    for path in (file, lock):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{file}: expected a file, found a device or a pipe"):
+        resume.DataOnlyReader(step_folder).read_metadata()
+    with pytest.raises(ValueError, match=f"{lock}: expected a file, found a device or a pipe"):
+        resume.lock_run(lock.parent)
+
+
+def test_a_lock_that_is_a_link_changes_nothing(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / ".lock").symlink_to("notes")
+    resume.unlock_run(resume.lock_run(tmp_path))
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_steps_are_sorted_by_number(tmp_path):
@@ -181,6 +202,27 @@ def test_nothing_lives_on_after_a_kill(config, tmp_path):  # noqa: F811
     process.kill()
     process.wait()
     assert gone(process.pid)
+
+
+def test_the_ranks_end_with_their_launcher(config, tmp_path):  # noqa: F811
+    """torchrun starts each in a session of its own. Without it they save, and end."""
+    process = run(config("run", "--micro_batch_size", "2", "--max_steps", "100000", "--save_every", "100000"), 2)
+    while process.poll() is None and not losses_so_far(tmp_path / "run"):
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(ranks) == 2 and all(gone(int(rank)) for rank in ranks)
+    assert len(resume.complete_checkpoints(tmp_path / "run")) == 1
+
+
+def test_torchrun_that_has_ended_is_said(monkeypatch):
+    values = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    values |= {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="torchrun does not answer at 127.0.0.1"):
+        start_processes()
 
 
 def losses_so_far(folder) -> list:

@@ -47,12 +47,11 @@ def read(root: Path, row: oxe.Dataset = ROW, **options) -> RLDS:
     return RLDS(root, "mine", row=row, hold_out=0.0, **options)
 
 
-def edit_info(folder: Path, **changes):
+def edit_info(folder: Path, of_train: dict | None = None, **changes):
+    """Change dataset_info.json, and what it says about its first split. None removes an entry."""
     path = folder / "dataset_info.json"
-    info = json.loads(path.read_text())
-    for split in info["splits"]:
-        split.update(changes.pop("of_splits", {}) if len(info["splits"]) == 1 else {})
-    info.update(changes)
+    info = {**json.loads(path.read_text()), **changes}
+    info["splits"][0].update(of_train or {})
     path.write_text(json.dumps({key: value for key, value in info.items() if value is not None}))
 
 
@@ -102,14 +101,14 @@ def test_names_as_dataset_info_says_them(tmp_path):
         path.rename(folder / f"train.of.old_name.{path.name[-14:-9]}.tfrecord")
     (folder / "train.of.mine.00000.tfrecord").write_bytes(b"of another dataset")
     template = "{SPLIT}.of.{DATASET}.{SHARD_INDEX}.{FILEFORMAT}"
-    edit_info(folder, name="old_name", of_splits={"filepathTemplate": template})
+    edit_info(folder, name="old_name", of_train={"filepathTemplate": template})
     assert len(read(tmp_path)) == 48
 
     (folder / "train.of.old_name.00003.tfrecord").unlink()
     with pytest.raises(ValueError, match="train.of.old_name.00003.tfrecord: missing"):
         read(tmp_path)
     for template in ("../{SPLIT}-{SHARD_X_OF_Y}", "{SPLIT.__class__}", "{SPLIT}.tfrecord", "{A}-{SHARD_X_OF_Y}"):
-        edit_info(folder, of_splits={"filepathTemplate": template})
+        edit_info(folder, of_train={"filepathTemplate": template})
         with pytest.raises(ValueError, match="dataset_info.json: filepathTemplate"):
             read(tmp_path)
 
@@ -118,7 +117,7 @@ def test_names_as_dataset_info_says_them(tmp_path):
 def test_folders_of_older_versions(tmp_path, lengths):
     """Without a template, a format, a name; the files have another name than the folder; or no lengths are known."""
     folder = write(tmp_path)
-    edit_info(folder, name=None, fileFormat=None, of_splits={"filepathTemplate": "", "shardLengths": lengths})
+    edit_info(folder, name=None, fileFormat=None, of_train={"filepathTemplate": "", "shardLengths": lengths})
     assert len(read(tmp_path)) == 48
     for path in folder.glob("*.tfrecord*"):
         path.rename(folder / path.name.replace("mine", "old_name"))
@@ -189,7 +188,7 @@ def test_a_pointer_of_git_lfs(tmp_path):
 
 
 def test_every_kind_of_bad_file_can_be_skipped(tmp_path):
-    folder = write(tmp_path, num_episodes=14)
+    folder = write(tmp_path, num_episodes=16)
     files = sorted(folder.glob("*.tfrecord*"))
     files[0].unlink()
     files[0].mkdir()
@@ -203,11 +202,12 @@ def test_every_kind_of_bad_file_can_be_skipped(tmp_path):
     files[4].write_bytes(content)
     files[5].unlink()
     files[5].symlink_to(tmp_path / "nowhere")
+    files[6].write_text("version https://git-lfs.github.com/spec/v1\n")  # the length that it seems to have is huge
     with pytest.raises(ValueError, match="or --skip_bad_records"):
         read(tmp_path)
     dataset = read(tmp_path, skip_bad_records=True)
-    assert instructions(dataset) == ["take 4", "take 9", "take 12", "take 13"]
-    for path in files[:6]:
+    assert instructions(dataset) == ["take 4", "take 9", "take 14", "take 15"]
+    for path in files[:7]:
         assert any(message.startswith(str(path)) for message in dataset.bad_records), path
 
 
@@ -375,6 +375,7 @@ import helper
 from helper import units
 from formats import oxe
 SCALE = 1.0
+NAMES = {"a", "b", "c", "d"}
 class Times:
     def __init__(self, k): self.k = k
     def __call__(self, t): return times(t, self.k)
@@ -382,7 +383,7 @@ class Times:
 def times(t, k): return oxe.updated(t, np.concatenate([t["action"][:, :6] * k, t["action"][:, 6:]], 1))
 def by_helper(t): return times(t, units(1.0))
 def by_module(t): return times(t, helper.K)
-def by_constant(t): return times(t, SCALE)
+def by_constant(t): return times(t, SCALE * len(NAMES) / 4)
 def by_import(t):
     import helper as inner
     return times(t, getattr(inner, "K"))
@@ -576,7 +577,9 @@ started = Path(sys.argv[1])
 def slow(trajectory):
     (started / str(os.getpid())).touch()
     if sys.argv[2] == "wait":
-        time.sleep(0.2)
+        time.sleep(600)
+    elif sys.argv[2] == "raise":
+        raise ValueError("the user's mistake")
     else:
         os.kill(os.getpid(), 9)
     return trajectory
@@ -584,13 +587,13 @@ if __name__ == "__main__":
     folder = started.parent / "mine" / "1.0.0"
     try:
         rlds_index.open_index(folder, "mine", oxe.Dataset(standardize=slow), num_processes=2)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {{error}}")
 """
 
 
 def start_slow(tmp_path: Path, what: str) -> tuple[subprocess.Popen, Path]:
-    """Index 40 episodes in two processes, which leave files named after them when they begin."""
+    """Index 40 episodes in two processes, which leave files named after them when they begin, and then do `what`."""
     write(tmp_path, num_episodes=40, shard=40)
     started = tmp_path / "started"
     started.mkdir()
@@ -638,6 +641,14 @@ def test_a_process_that_is_killed_is_said(tmp_path):
     assert process.returncode == 1 and "Traceback" not in error
     assert "the process that indexes it from byte 0 on was killed; is there too little memory?" in error
     assert list((tmp_path / "mine" / "1.0.0" / ".index").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="several processes index on Linux only")
+def test_processes_end_with_an_error(tmp_path):
+    process, started = start_slow(tmp_path, "raise")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "episode at byte 12: the user's mistake" in error and "Traceback" not in error
+    assert not any(is_running(int(path.name)) for path in started.iterdir())
 
 
 # ----------------------------------------------------------------------------- as TFDS reads it

@@ -12,8 +12,8 @@ from common import GOLDENS, ROOT, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
-import protobuf
 import tokenizer as T
+from formats import protobuf
 from model import PAD_TOKEN_ID
 from normalize import normalize, unnormalize
 

@@ -1,9 +1,12 @@
 """The toy world: its expert, its scenes, the dataset and the tokenizer that it writes."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from common import ROOT
 
 import quickstart
 from formats import tfrecord
@@ -146,3 +149,23 @@ def test_quickstart_stops_at_a_command_that_fails(capfd):
     with pytest.raises(SystemExit) as end:
         quickstart.run("python -c 'raise SystemExit(3)'")
     assert end.value.code == 3 and "$ python -c" in capfd.readouterr().out
+
+
+MAKE_DATA = "python -m toy.world --folder {data_root_dir} --episodes 6 --validation 0"
+
+
+def test_two_processes_in_an_empty_folder(tmp_path):
+    """The first process makes the demonstrations and the tokenizer, the other one waits for them."""
+    options = "--config toy.py --max_steps 2 --batch_size 4 --micro_batch_size 2 --num_workers 0".split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "train.py"), *options, "--make_data", MAKE_DATA]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 demonstrations in") == 1
+    assert (tmp_path / "runs/toy/checkpoint/config.json").is_file()
+
+
+def test_data_that_cannot_be_made(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "toy.py", "--make_data", "python -c 'exit(3)'"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "exit code 3" in done.stderr and "Traceback" not in done.stderr
