@@ -163,7 +163,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         hf = read_config(folder)
         check_quantization(hf)
         config = OpenVLAConfig.from_dict(hf)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         hint = "" if list(folder.glob("*.safetensors")) else hint_for_other(folder)
         raise ValueError(f"{folder}: config.json or {STATISTICS} cannot be used ({error}){hint}") from None
 

@@ -32,6 +32,7 @@ from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 CONFIGS = Path(__file__).parent / "configs"
+MAX_MESSAGE = 3000  # characters of an error message
 
 HOW_TO_GIVE_OPTIONS = """
 Options are given as --name value; --name alone turns a True/False option on. Below, each stands with the value that
@@ -73,7 +74,10 @@ OFFICIAL_NAMES = {
 
 def fail(message) -> NoReturn:
     """Print one clear message and end the program with exit code 2: for what the user can fix."""
-    print(f"error: {message}", file=sys.stderr)
+    text = str(message)
+    if len(text) > MAX_MESSAGE:  # it names a value of a file, which can be of any length
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    print(f"error: {text}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -182,7 +182,7 @@ class ImageProcessor:
                 fill=tuple(hf.get("tvf_letterbox_fill") or cls.fill),
                 trained_on=tuple(hf.get("trained_on", ())),
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a preprocessor_config.json of OpenVLA ({error!r})") from None
         if processor.strategy not in STRATEGIES:
             raise ValueError(f"{path}: image_resize_strategy is {processor.strategy!r}, known are {STRATEGIES}")

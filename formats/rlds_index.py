@@ -698,7 +698,7 @@ def is_whole(index: Path) -> bool:
             if leaves_folder:
                 return False
         return True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return False
 
 

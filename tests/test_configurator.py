@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configurator import configure
+from configurator import MAX_MESSAGE, configure, fail
 
 
 @dataclass
@@ -283,3 +283,11 @@ def test_processes_that_nobody_joined(environment, message, monkeypatch):
         return
     with pytest.raises(ValueError, match=message):
         check_environment()
+
+
+def test_a_message_is_never_pages_long(capsys):
+    with pytest.raises(SystemExit):
+        fail("a.json: the value is " + "x" * 10**6 + ", it must be a number")
+    error = capsys.readouterr().err
+    assert error.startswith("error: a.json: the value is xxx") and error.endswith("it must be a number\n")
+    assert len(error) < MAX_MESSAGE + 50

@@ -64,12 +64,15 @@ def test_config_round_trip(folders, name, tmp_path):
         ("std", [0.5, 0, 0.5]),
         ("size", 0),
         ("size", "9"),
+        ("input_sizes", []),
     ],
 )
 def test_a_processor_of_no_numbers_is_refused(folders, key, value, tmp_path):
     config = json.loads((folders["tiny-openvla"] / "preprocessor_config.json").read_text())
     if key == "size":
         config["input_sizes"][0][1] = value
+    elif key in config:
+        config[key] = value
     else:
         config["tvf_normalize_params"][1][key] = value
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
