@@ -188,7 +188,7 @@ def prepare_image(policy: Policy, image, crop: bool | None = None) -> np.ndarray
     if uses_jpeg(policy) and not is_resized:
         image = decode(encode_jpeg(image))
     if "lanczos3" in policy.processor.trained_on:
-        image = resize_lanczos3(image, size)
+        image = resize_lanczos3(image, size, exact=True)
     image = policy.processor.resize(image)
     if uses_center_crop(policy, crop):
         image = center_crop(image)

@@ -176,10 +176,10 @@ def phase_of(run: Path, before: int, begin: float) -> str:
     newest = newest_step(run)
     if newest > before and not is_exported(run):
         return "export"
+
+    # A run that is killed may leave a line of the log without its step.
     log = run / "metrics.jsonl"
-    has_logged = (
-        log.is_file() and log.stat().st_mtime >= begin
-    )  # a run that is killed may leave a line without its step
+    has_logged = log.is_file() and log.stat().st_mtime >= begin
     if newest > before or (has_logged and max(logged_steps(run), default=0) > newest):
         return "steps"
     return "start-up"
