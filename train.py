@@ -43,7 +43,7 @@ from distributed import (
 )
 from files import atomic_write, write_json
 from formats.dataset import END_EFFECTOR, HOLD_OUT, RobotDataset
-from formats.faults import find_faults, read_numbers
+from formats.faults import WARN_AT_START, find_faults, read_numbers
 from formats.workers import STOP_SIGNALS
 from image import CROPPED, WHOLE, ImageProcessor
 from metrics import Log, Window, count_errors, plot_curves
@@ -498,7 +498,7 @@ def print_start(datasets: list[RobotDataset], num_trained: int, num_parameters: 
         print("note: training does not use this Mac's GPU (mps), it runs on the CPU; sample.py and robots.serve use it")
     for dataset in datasets:
         for finding in find_faults(read_numbers(dataset, max_instructions=1000)):
-            if finding.is_wrong:
+            if finding.is_wrong and finding.cause in WARN_AT_START:
                 print(f"warning: {dataset.name}: {finding.text}")
 
 

@@ -583,7 +583,11 @@ ADVICE = {
         "remedy": "choose another --split",
     },
     "spread": {
-        "why": "divided by q99 - q01, noise becomes the whole range; a dimension that never moves cannot be learned",
+        "why": "divided by q99 - q01, noise becomes the whole range",
+        "remedy": "if the robot cannot move so, set it to 0 in standardize=; else find out why it was not recorded",
+    },
+    "constant": {
+        "why": "a dimension that never moves cannot be learned; it becomes 0",
         "remedy": "if the robot cannot move so, all is well; else find out why it was not recorded",
     },
     "gripper": {

@@ -3,7 +3,7 @@ What looks wrong in the numbers and words of a dataset, before any training.
 
     dataset -> read_numbers -> find_faults -> a Finding about each possible cause of trouble, and whether it is one
 
-Training prints what is probably wrong when it starts. diagnose/look.py shows all of it, with images, and
+Training prints some of what is probably wrong when it starts. diagnose/look.py shows all of it, with images, and
 diagnose/check.py makes verdicts of it.
 
 Axes: N frames of the split, A action dimensions, P state dimensions.
@@ -16,6 +16,10 @@ import numpy as np
 from formats.dataset import RobotDataset
 from normalize import action_mask, warn_constant, warn_gripper
 
+# Causes that training warns of when it starts. The others are often as they should be: many robots cannot move in all
+# dimensions, and some tasks are short.
+WARN_AT_START = ("spread", "gripper", "state", "control rate", "instructions", "records")
+
 STILL = 1e-4  # of a dimension's range: it does not move if it moves by no more than that
 
 
@@ -23,7 +27,7 @@ STILL = 1e-4  # of a dimension's range: it does not move if it moves by no more 
 class Finding:
     """What was found about one possible cause of trouble."""
 
-    cause: str  # spread, gripper, state, idle, episodes, control rate, instructions, records, frames, images
+    cause: str  # spread, constant, gripper, state, idle, episodes, control rate, instructions, records, frames, images
     is_wrong: bool  # probably
     text: str
 
@@ -174,14 +178,14 @@ def find_faults(numbers: Numbers) -> list[Finding]:
 def find_constant_dimensions(numbers: Numbers) -> list[Finding]:
     """Report dimensions that hardly or never move. Whether the gripper does is told by `find_gripper_faults`."""
     stats = numbers.statistics
-    lines = warn_constant(stats)
+    findings = [Finding("spread", True, line) for line in warn_constant(stats)]
     for i, name in enumerate(numbers.dimensions):
         low = stats["min"][i]
         if name != "gripper" and low == stats["max"][i]:
-            lines.append(f"action dimension {i} never moves, it is always {low:.3g}")
-    if not lines:
-        return [Finding("spread", False, "every dimension moves")]
-    return [Finding("spread", True, line) for line in lines]
+            findings.append(Finding("constant", True, f"action dimension {i} never moves, it is always {low:.3g}"))
+    if not findings:
+        findings.append(Finding("spread", False, "every dimension moves"))
+    return findings
 
 
 def find_constant_states(numbers: Numbers) -> list[Finding]:

@@ -213,14 +213,14 @@ def test_command_line(folders, tmp_path, capsys):
     assert done.returncode == 1 and "FAIL statistics" in done.stdout and "what to do" in done.stdout, done.stderr
     assert call("attention", "--checkpoint", folder, *common).returncode == 0
     done = call("data", *common)  # nothing turns in this world, which is worth a word
-    assert done.returncode == 1 and "FAIL toy, spread: action dimension 3 never moves" in done.stdout, done.stderr
+    assert done.returncode == 1 and "FAIL toy, constant: action dimension 3 never moves" in done.stdout, done.stderr
     (tmp_path / "own.py").write_text(
         "import numpy as np\nfrom data import Samples\nrng = np.random.default_rng(0)\n"
         "rows = [dict(image=np.zeros((9, 9, 3), np.uint8), action=rng.random(7), instruction='go')] * 30\n"
         "data_mix = [(Samples(rows, 'own'), 1.0)]\n"
     )
     done = call("data", "--training_config", tmp_path / "own.py")  # of one's own, as in the README
-    assert done.returncode == 1 and "FAIL own, spread: action dimension 0 never moves" in done.stdout, done.stderr
+    assert done.returncode == 1 and "FAIL own, constant: action dimension 0 never moves" in done.stdout, done.stderr
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"policy.png", "attention.png", "toy-frames.png", "toy-actions.png"} <= names
     done = call("fly")

@@ -70,6 +70,16 @@ def record(path: str, steps: int, **shapes):
     np.savez(path, **arrays)
 
 
+def test_training_warns_of_what_is_probably_wrong(place, capsys):
+    for i in range(2):
+        record(f"recordings/episode{i}.npz", 20 + i, image=(40, 60, 3), joints=(14,))
+    arms = example("two_arms").replace("gripper=False", "gripper=True").replace('"fold the cloth"', '""')
+    train_small("arms", arms)
+    out = capsys.readouterr().out
+    assert "warning: two_arms: the gripper is -" in out and "gripper=False" in out
+    assert "warning: two_arms: 100.0% of the frames have no instruction" in out
+
+
 def test_two_arms(place):
     for i in range(2):
         record(f"recordings/episode{i}.npz", 20 + i, image=(40, 60, 3), joints=(14,))
