@@ -7,9 +7,13 @@ every function here does what is right for one.
 FSDP ("fully sharded data parallel"): each process keeps a part of every weight, its gradient and its optimizer state.
 Just before a block runs, the processes put its weights together; just after, each drops what is not its own.
 
+A model that is too large for one process must not be whole in any of them. So it begins without memory (on the device
+"meta"), is sharded, gets memory for each process's parts, and `fill` reads just these parts.
+
 FSDP2: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html; https://arxiv.org/abs/2304.11277.
 """
 
+import math
 import os
 import signal
 import socket
@@ -23,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from configurator import fail
 
@@ -42,7 +47,8 @@ def start_processes() -> tuple[int, int, str]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if is_torchrun() and not dist.is_initialized():
-        dist.init_process_group("nccl" if has_cuda else "gloo")
+        # gloo is there on GPUs, too: checkpoints are written from copies in the CPU's memory.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo")
     return rank(), world_size(), device
 
 
@@ -142,7 +148,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], device: str, bf16: bool)
     """
     if not dist.is_initialized():
         # One GPU takes the same path, so that it too has float32 weights and computes in bfloat16.
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     world = world_size()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     nodes = world // per_node
@@ -156,6 +162,50 @@ def shard(model: nn.Module, units: Iterable[nn.Module], device: str, bf16: bool)
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+# -----------------------------------------------------------------------------
+# The part of a weight that this process holds
+
+
+def own_rows(weight: DTensor) -> slice:
+    """Return which rows of a sharded weight this process holds; a row is all that has one index in dimension 0."""
+    mesh = weight.device_mesh
+    processes = mesh.size(mesh.ndim - 1)  # the last dimension of the mesh shards, one before it replicates
+    process = mesh.get_local_rank(mesh.ndim - 1)
+
+    num_rows = weight.shape[0]
+    rows_each = math.ceil(num_rows / processes)  # the last processes may have fewer, or none
+    start = min(process * rows_each, num_rows)
+    return slice(start, min(start + rows_each, num_rows))
+
+
+@torch.no_grad()
+def fill(weight: torch.Tensor, values) -> bool:
+    """
+    Give a weight its values, converted to its dtype. If the weight is sharded, only this process's rows are read.
+    Returns True if nothing was copied: then a weight that is mapped to its file needs no memory of its own.
+
+    values: the whole weight: a tensor, or what safetensors' `get_slice` returns.
+    """
+    if isinstance(weight, DTensor):
+        rows = own_rows(weight)
+        if rows.start < rows.stop:
+            weight.to_local().copy_(values[rows])
+        return False
+
+    whole = values[:]
+    weight.data = whole.to(weight.device, weight.dtype)
+    return weight.data_ptr() == whole.data_ptr()
+
+
+def gather(weight: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a weight. All processes must call this, and all get it."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+# -----------------------------------------------------------------------------
+# The end
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import train
 from checkpoint import complete_export
 from configurator import configure, fail
-from distributed import barrier, exit_cleanly, is_main_process
+from distributed import barrier, exit_cleanly, fill, is_main_process
 from formats.dataset import RobotDataset
-from lora import PARTS, add_lora, save_adapter
+from lora import PARTS, add_lora, random_adapters, save_adapter
 from model import OpenVLA
 from speed.nf4 import quantize_linears
-from train import Trainee, check_token_model, load_or_create, write_preparation
+from train import Trainee, check_token_model, fill_base, open_base, write_preparation
 
 WHAT_TO_GIVE = (
     "give a config file and what it needs, for example\n"
@@ -58,22 +58,30 @@ class Config(train.Config):
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build the base checkpoint with adapters, which alone train."""
     check_token_model(cfg, datasets)
-    model, tokenizer, processor = build_adapted(cfg)
-    return Trainee(model, model, tokenizer, processor, export_adapter, exports_whole_model=False)
+    model, tokenizer, processor, files = build_adapted(cfg)
+    return Trainee(model, model, tokenizer, processor, files, fill_adapted, export_adapter, exports_whole_model=False)
 
 
 def build_adapted(cfg: Config):
     """
-    Return the base checkpoint, frozen, in the dtype it is stored in or in 4 bits, with float32 adapters that change
-    nothing yet; tokenizer and image processor.
+    Return the base checkpoint, frozen, in the dtype it is stored in or in 4 bits, with float32 adapters, and all of it
+    without memory yet; tokenizer, image processor and the files of the base weights.
     """
     check(cfg)
-    model, tokenizer, processor = load_or_create(cfg)
-    if cfg.quantize_base:
-        quantize_linears(model)
-    torch.manual_seed(cfg.seed)
-    add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-    return model, tokenizer, processor
+    model, tokenizer, processor, files = open_base(cfg)
+    torch.manual_seed(cfg.seed)  # for the adapters of modules that never run, which are drawn here
+    with torch.device("meta"):
+        if cfg.quantize_base:
+            quantize_linears(model)
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+    return model, tokenizer, processor, files
+
+
+def fill_adapted(trainee: Trainee, cfg: Config):
+    """Read the weights of the base checkpoint, and give the adapters values that change nothing yet."""
+    fill_base(trainee, cfg)
+    for name, values in random_adapters(trainee.vla, cfg.seed):
+        fill(trainee.vla.get_parameter(name), values)
 
 
 def export_adapter(run: Path, trainee: Trainee, statistics: dict, cfg: Config):

@@ -15,12 +15,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import finetune_lora
 import train
 from checkpoint import complete_export
 from configurator import configure, fail
-from distributed import barrier, exit_cleanly, is_main_process
-from finetune_lora import build_adapted, gather_trained, write_run
+from distributed import barrier, exit_cleanly, fill, is_main_process
+from finetune_lora import build_adapted, fill_adapted, gather_trained, write_run
 from formats.dataset import RobotDataset
 from oft import HEADS, OFT, OFTConfig, save_components
 from train import Trainee
@@ -59,11 +61,19 @@ def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """
     check(cfg)
     oft_cfg = common_config(cfg, datasets)
-    vla, tokenizer, processor = build_adapted(cfg)
+    vla, tokenizer, processor, files = build_adapted(cfg)
     if cfg.head != "discrete":
         vla.language_model.lm_head.requires_grad_(False)  # nothing reads it: no gradient, no optimizer state
-    model = OFT(vla, oft_cfg)
-    return Trainee(model, vla, tokenizer, processor, export_components, exports_whole_model=False)
+    with torch.device("meta"):
+        model = OFT(vla, oft_cfg)
+    return Trainee(model, vla, tokenizer, processor, files, fill_oft, export_components, exports_whole_model=False)
+
+
+def fill_oft(trainee: Trainee, cfg: Config):
+    """Read the weights of the base checkpoint; adapters and new parts start random."""
+    fill_adapted(trainee, cfg)
+    for name, values in trainee.model.random_parts(cfg.seed):
+        fill(trainee.model.get_parameter(name), values)
 
 
 def common_config(cfg: Config, datasets: list[RobotDataset]) -> OFTConfig:

@@ -35,7 +35,7 @@ Axes: r rank, in and out channels of a layer, k width of a convolution's kernel.
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -201,8 +201,17 @@ def add_unused_adapter(model: OpenVLA, name: str):
     rank = model.lora.rank
     out_channels, *in_shape = model.unused[f"{name}.weight"].shape
     kernel_of_B = [1] * (len(in_shape) - 1)  # (out, r) of a matrix, (out, r, 1, 1) of a convolution
-    model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *in_shape) / rank
-    model.unused[f"{name}.lora_B.weight"] = torch.zeros(out_channels, rank, *kernel_of_B)
+    model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *in_shape, device="cpu") / rank
+    model.unused[f"{name}.lora_B.weight"] = torch.zeros(out_channels, rank, *kernel_of_B, device="cpu")
+
+
+def random_adapters(model: OpenVLA, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the whole first values of each A and B: together they change nothing yet."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in lora_layers(model).items():
+        shape = layer.lora_A.weight.shape
+        yield f"{name}.lora_A.weight", torch.randn(shape, generator=generator) / model.lora.rank
+        yield f"{name}.lora_B.weight", torch.zeros(layer.lora_B.weight.shape)
 
 
 def lora_layers(model: OpenVLA) -> dict[str, LoRALinear]:

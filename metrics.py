@@ -15,6 +15,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,16 @@ class Window:
         self.tokens = 0
         self.waited = 0.0  # seconds for data
         self.start = time.perf_counter()
+        self.stood_still: dict[str, float] = {}  # seconds of what is none of the steps', by its name in the log
+
+    @contextmanager
+    def not_counted(self, name: str) -> Iterator[None]:
+        """Leave the time that the block takes out of all speeds, and log its seconds under this name."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.start += seconds
+        self.stood_still[name] = self.stood_still.get(name, 0.0) + seconds
 
     def timed_next(self, batches: Iterator[dict]) -> dict:
         """Return the next batch, and note how long it took."""
@@ -147,7 +158,7 @@ class Window:
     def state(self) -> dict:
         """Return the sums over all processes, for `restore`: so that a stop changes no later line of the log."""
         return {
-            "losses": self.losses,
+            "losses": list(self.losses),  # a copy: training goes on while the checkpoint is written
             "counts": total(self.counts.clone()).tolist(),
             "samples": self.samples,
             "tokens": self.tokens,
@@ -192,7 +203,7 @@ class Window:
         if peak:
             metrics["mfu"] = flops_per_s / peak
         metrics["memory_gb"] = peak_memory_gb()
-        return metrics
+        return {**metrics, **self.stood_still}
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

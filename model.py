@@ -616,18 +616,25 @@ class OpenVLA(nn.Module):
         Draw random weights for training from scratch. A layer's weights are scaled by its number of inputs, so that a
         signal keeps its size; tables that are looked up or added (embeddings, positions) have a fixed spread.
         """
+        for name, values in self.random_weights(seed):
+            self.get_parameter(name).data.copy_(values)
+        return self
+
+    def random_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the whole random values of each weight, in float32: one at a time is in memory."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
+            values = torch.empty(parameter.shape, device="cpu")
             if name.endswith("bias"):
-                parameter.data.fill_(0.0)
+                values.fill_(0.0)
             elif parameter.dim() == 1:  # norms and layer scales
-                parameter.data.fill_(1.0)
+                values.fill_(1.0)
             elif name.endswith(("pos_embed", "_token", "embed_tokens.weight")):
-                nn.init.normal_(parameter, 0, 0.2, generator)
+                nn.init.normal_(values, 0, 0.2, generator)
             else:
-                fan_in = parameter[0].numel()
-                nn.init.normal_(parameter, 0, fan_in**-0.5, generator)
-        return self
+                fan_in = values[0].numel()
+                nn.init.normal_(values, 0, fan_in**-0.5, generator)
+            yield name, values
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """ids (B, T) and pixels (B, 3 or 6, 224, 224) -> embeddings (B, S, D) of [<s>, image patches, other text]."""
@@ -771,10 +778,26 @@ class OpenVLA(nn.Module):
         self.load_state_dict(weights, strict=True, assign=True)
         return self.eval()
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
+    def read_unused(self, files: dict[str, Path]):
+        """Keep the tensors that no forward pass reads, mapped to their files. files: as for `load_weights`."""
+        for name, file in files.items():
+            if is_unused(name, self.cfg):
+                with safe_open(file, framework="pt") as opened:
+                    self.unused[name] = opened.get_tensor(name)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        gather: Callable[[Tensor], Tensor] = Tensor.detach,
+        is_writer: bool = True,
+    ):
         """
         Write config.json and safetensors of at most 5 GB each, which `from_pretrained` and the official classes read.
         Files appear whole, the index last. dtype None: each parameter keeps its own. `unused` is written as it came.
+
+        gather: returns the whole of a weight that is sharded over many processes. All of them call this method, and one
+        of them is the writer. It holds one file at a time.
         """
         folder = Path(folder)
         tensors = self.state_dict() | self.unused
@@ -786,11 +809,16 @@ class OpenVLA(nn.Module):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             shard = {}  # converted one file at a time: a second copy of all weights may not fit into memory
             for name in names:
-                stored_dtype = None if name in self.unused else dtype
-                shard[name] = tensors[name].detach().to("cpu", stored_dtype).contiguous()
                 files[name] = file
-            with atomic_write(folder / file) as temporary:
-                save_file(shard, temporary, {"format": "pt"})
+                whole = gather(tensors[name])
+                if is_writer:
+                    stored_dtype = None if name in self.unused else dtype
+                    shard[name] = whole.detach().to("cpu", stored_dtype).contiguous()
+            if is_writer:
+                with atomic_write(folder / file) as temporary:
+                    save_file(shard, temporary, {"format": "pt"})
+        if not is_writer:
+            return
 
         saved_dtype = dtype or next(self.parameters()).dtype
         config = {**self.cfg.to_dict(), "torch_dtype": str(saved_dtype).removeprefix("torch.")}

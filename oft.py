@@ -33,7 +33,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -247,6 +247,22 @@ class OFT(nn.Module):
         if cfg.film:
             for vit, vit_cfg in zip(vla.vision_backbone.encoders(), vla.cfg.vision, strict=True):
                 vit.blocks = nn.ModuleList(FiLMBlock(block, vit_cfg.embed_dim, dim) for block in vit.blocks)
+
+    def random_parts(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """
+        Yield the name and the whole first values of each weight of the new parts, drawn as PyTorch draws those of a new
+        nn.Linear: evenly between -1 / sqrt(inputs) and 1 / sqrt(inputs).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in self.named_modules():
+            is_new = not name.startswith("vla.") or is_film(f"{name}.weight")
+            if is_new and isinstance(module, nn.Linear):
+                bound = module.in_features**-0.5
+                for part, weight in module.named_parameters():
+                    yield f"{name}.{part}", torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+            if is_new and isinstance(module, nn.LayerNorm):
+                yield f"{name}.weight", torch.ones(module.weight.shape)
+                yield f"{name}.bias", torch.zeros(module.bias.shape)
 
     # Inputs
 

@@ -4,9 +4,9 @@ What a stopped run leaves, and how the next one continues it.
     runs/NAME/checkpoints/step-NNNNNN/    weights and optimizer, in the files of torch.distributed.checkpoint
     runs/NAME/checkpoints/step-NNNNNN/train.json    step, options, statistics of the data, fingerprint of the base
 
-A step folder is written under another name and renamed when it is whole: a process that is killed leaves either all of
-it or nothing that counts. It can be read by any number of processes. Frozen weights are not in it: the base checkpoint
-has them, or the seed of a random model.
+A step folder is written beside training, under another name, and renamed when it is whole: a process that is killed
+leaves either all of it or nothing that counts. It can be read by any number of processes. Frozen weights are not in it:
+the base checkpoint has them, or the seed of a random model.
 
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
@@ -16,7 +16,7 @@ import io
 import pickle
 import shutil
 import warnings
-from contextlib import contextmanager
+from concurrent.futures import Future
 from pathlib import Path
 
 try:
@@ -25,6 +25,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -110,49 +111,98 @@ def remove_leftovers(run: Path):
     """Delete what a killed save or export has left half written. To be called with the lock of the run."""
     if not is_main_process():
         return
-    for folder in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    remove_unfinished(run)
     for folder in (run, run / "checkpoint"):
         for path in folder.glob(".*.tmp"):  # of files.atomic_write
             path.unlink(missing_ok=True)
+
+
+def remove_unfinished(run: Path):
+    """Delete checkpoints that are not whole."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------
 # Save and load
 
 
-def save_checkpoint(run: Path, step: int, model, optimizer, about: dict, keep: int):
+class Saver:
     """
-    Write checkpoints/step-NNNNNN of a run, then delete the oldest beyond `keep`. about: the rest of train.json, as
-    `describe_run` returns it.
+    Writes the checkpoints of a run beside its training. `save` copies weights and optimizer, for which training stands
+    still, and a thread writes the copy. The end of a `with` block waits for what is being written.
     """
-    final = run / "checkpoints" / f"step-{step:06d}"
-    unfinished = run / "checkpoints" / f".step-{step:06d}"
-    if is_main_process():
-        shutil.rmtree(unfinished, ignore_errors=True)
-    barrier()
 
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
-    try:
-        with no_single_process_warning():
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished)
+    def __init__(self, run: Path, keep: int):
+        """keep: how many checkpoints stay; the oldest beyond are deleted."""
+        self.run = run
+        self.keep = keep
+        self.published: Future | None = None  # of the checkpoint that is being written
+        # The thread must not mix its messages to other processes with those of training.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # It is meant so that there is one process.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+
+    def save(self, step: int, model, optimizer, about: dict):
+        """
+        Begin to write checkpoints/step-NNNNNN. about: the rest of train.json, as `describe_run` returns it. Waits for
+        the one before, and raises OSError if that could not be written.
+        """
+        self.wait()
+        unfinished = self.run / "checkpoints" / f".step-{step:06d}"
         if is_main_process():
-            write_json(unfinished / "train.json", {"step": step, **about})
-    except (Exception, CheckpointException) as error:  # the second one is no Exception
-        if not is_disk_problem(error, run):
-            raise
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(
-            f"{unfinished}: step {step} could not be saved, the disk is full (or files may not grow so large); make "
-            f"room and run the same command again, it continues from the checkpoint before"
-        ) from None
+            shutil.rmtree(unfinished, ignore_errors=True)
+        barrier()
 
-    if is_main_process():
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for old in complete_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
-    barrier()
+        weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
+        state = {"model": weights, "optimizer": moments}
+        published = Future()
+        self.published = published
+        writing = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group)
+        writing.add_done_callback(lambda writing: self.publish(writing, unfinished, step, about, published))
+
+    def publish(self, writing: Future, unfinished: Path, step: int, about: dict, published: Future):
+        """Make a checkpoint count, now that every process has written its files. This runs in the thread."""
+        try:
+            writing.result()
+            if is_main_process():
+                write_json(unfinished / "train.json", {"step": step, **about})
+                final = unfinished.with_name(f"step-{step:06d}")
+                shutil.rmtree(final, ignore_errors=True)
+                unfinished.rename(final)
+                for old in complete_checkpoints(self.run)[: -self.keep]:
+                    shutil.rmtree(old)
+            published.set_result(step)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            published.set_exception(error)
+
+    def check(self):
+        """Raise what went wrong in the thread, if something did. Does not wait."""
+        if self.published and self.published.done():
+            self.wait()
+
+    def wait(self):
+        """Wait until nothing is being written. Raises OSError if the disk was full."""
+        if not self.published:
+            return
+        published = self.published
+        self.published = None
+        try:
+            published.result()
+        except (Exception, CheckpointException) as error:
+            if not is_disk_problem(error, self.run):
+                raise
+            remove_unfinished(self.run)
+            raise OSError(
+                f"{self.run / 'checkpoints'}: a step could not be saved, the disk is full (or files may not grow so "
+                f"large); make room and run the same command again, it continues from the checkpoint before"
+            ) from None
 
 
 def is_disk_problem(error: BaseException | None, run: Path) -> bool:
@@ -175,7 +225,9 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     reader = DataOnlyReader(folder)
     reader.read_metadata()  # first by itself, as dcp.load wraps its error
     try:
-        with no_single_process_warning():
+        with warnings.catch_warnings():
+            # It is meant so that there is one process.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             dcp.load(state, storage_reader=reader, planner=DataOnlyPlanner())
     except CheckpointException as error:
         messages = [str(cause) or type(cause).__name__ for cause, _ in error.failures.values()]
@@ -205,14 +257,6 @@ def read_train_record(folder: Path) -> dict:
                 f"--resume folder, or --resume never to start anew"
             )
     return record
-
-
-@contextmanager
-def no_single_process_warning():
-    """Silence a warning of torch.distributed.checkpoint: that there is one process is meant so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
 
 
 def describe_run(cfg, statistics: dict, base: str) -> dict:

@@ -20,12 +20,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from safetensors import safe_open
 
 from checkpoint import Checkpoint, fingerprint, open_checkpoint
 from configurator import configure, fail
@@ -33,6 +33,8 @@ from data import Mixture, Positions, check_cameras, make_loader, name_of_mixture
 from distributed import (
     barrier,
     exit_cleanly,
+    fill,
+    gather,
     is_main_process,
     is_torchrun,
     rank,
@@ -47,10 +49,11 @@ from formats.faults import WARN_AT_START, find_faults, read_numbers
 from formats.workers import STOP_SIGNALS
 from image import CROPPED, WHOLE, ImageProcessor
 from metrics import Log, Window, count_errors, plot_curves
-from model import INDEX, OpenVLA, OpenVLAConfig
+from model import INDEX, OpenVLA, OpenVLAConfig, is_unused
 from normalize import SCHEME
 from progress import no_progress, show_progress
 from resume import (
+    Saver,
     archive_later_checkpoints,
     check_disk,
     check_same_base,
@@ -63,9 +66,9 @@ from resume import (
     printable,
     read_train_record,
     remove_leftovers,
-    save_checkpoint,
     unlock_run,
 )
+from speed.nf4 import NF4Linear
 from tokenizer import PAD, Tokenizer, make_standin, prompt_for
 
 WHAT_TO_GIVE = (
@@ -109,6 +112,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of all gradients together; 0: off (LoRA's and OFT's default)
     bf16: bool = True  # compute in bfloat16, keep weights and sum gradients in float32; off on the CPU
     activation_checkpointing: bool = True  # recompute blocks in the backward pass: less memory, a third more compute
+    compile: bool = False  # let torch.compile write one kernel of many operations, block by block; needs a C++ compiler
     seed: int = 7
 
     # Run
@@ -130,12 +134,18 @@ class Config:
 
 @dataclass
 class Trainee:
-    """What a recipe builds for the loop to train."""
+    """
+    What a recipe builds for the loop to train. Its model has no memory yet (it is on the device "meta"): the loop first
+    decides which part of it each process holds.
+    """
 
     model: torch.nn.Module  # an OpenVLA, or an OFT that holds one; it owns its loss
     vla: OpenVLA  # the OpenVLA in it
     tokenizer: Tokenizer
     processor: ImageProcessor
+    files: dict[str, Path]  # where the weights of the base checkpoint are; {}: there is none, weights start random
+    # fill(trainee, cfg) gives the model its first weights
+    fill: Callable[["Trainee", Config], None]
     # export(run, trainee, statistics, cfg) writes what sample.py reads into the run folder
     export: Callable[[Path, "Trainee", dict, Config], None]
     exports_whole_model: bool = True  # False: only what trains
@@ -144,25 +154,27 @@ class Trainee:
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build a model whose own weights train, in float32, frozen where `train_parts` says so."""
     check_token_model(cfg, datasets)
-    model, tokenizer, processor = load_or_create(cfg)
+    model, tokenizer, processor, files = open_base(cfg)
     freeze(model.float(), cfg.train_parts)
-    return Trainee(model, model, tokenizer, processor, export_model)
+    return Trainee(model, model, tokenizer, processor, files, fill_base, export_model)
 
 
-def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
+def open_base(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor, dict[str, Path]]:
     """
-    Return model (on the CPU), tokenizer and image processor: those of the base checkpoint, in the dtype it is stored
-    in, or new ones for random weights.
+    Return the model without memory, tokenizer, image processor, and in which file each weight is: those of the base
+    checkpoint, in the dtype it is stored in, or new ones for random weights (and no files).
     """
     if cfg.base_checkpoint:
         checkpoint = open_checkpoint(cfg.base_checkpoint)
         checkpoint.refuse_quantized()
         refuse_parts(checkpoint)
-        tokenizer = checkpoint.tokenizer
         if cfg.tokenizer:
             tokenizer = Tokenizer(cfg.tokenizer, prompt_for(checkpoint.config.extra))
-        model = checkpoint.skeleton.load_weights(checkpoint.weight_map, checkpoint.stored_dtype)
-        return model, tokenizer, checkpoint.processor
+        else:
+            tokenizer = checkpoint.tokenizer
+        model = checkpoint.skeleton.to(checkpoint.stored_dtype)
+        model.read_unused(checkpoint.weight_map)
+        return model, tokenizer, checkpoint.processor, checkpoint.weight_map
 
     config = OpenVLAConfig.from_dict(cfg.random_model)
     n = len(config.vision)
@@ -177,7 +189,47 @@ def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
             make_standin(path, cfg.words)
         barrier()
     tokenizer = Tokenizer(path, prompt_for(config.extra))
-    return OpenVLA(config).init_weights(cfg.seed), tokenizer, processor
+    with torch.device("meta"):
+        model = OpenVLA(config)
+    return model, tokenizer, processor, {}
+
+
+def fill_base(trainee: Trainee, cfg: Config):
+    """
+    Give the model the weights of the base checkpoint, or random ones. Each process reads the rows that it holds, one
+    weight at a time. Adapters and FiLM wrap modules; the wrapped ones are found by the names that they had before.
+    """
+    vla = trainee.vla
+    if not trainee.files:
+        for name, values in vla.random_weights(cfg.seed):
+            fill(vla.get_parameter(name), values)
+        return
+
+    weights = {plain_name(name): weight for name, weight in vla.named_parameters()}
+    layers_in_4_bits = {}
+    for name, module in vla.named_modules():
+        if isinstance(module, NF4Linear):
+            layers_in_4_bits[f"{plain_name(name)}.weight"] = module
+
+    opened = {file: safe_open(file, framework="pt") for file in set(trainee.files.values())}
+    for name, file in trainee.files.items():
+        if is_unused(name, vla.cfg):
+            continue
+        values = opened[file].get_slice(name)
+        is_copied = True
+        if name in layers_in_4_bits:
+            layers_in_4_bits[name].fill(values[:])
+        else:
+            is_copied = not fill(weights[name], values)
+        if is_copied:
+            # Reading has pulled the file's pages into memory. Opening the file again lets the system drop them.
+            opened[file] = safe_open(file, framework="pt")
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight or module had before an adapter (`base_layer`) or FiLM (`block`) wrapped it."""
+    wrappers = ("base_layer", "block")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def refuse_parts(checkpoint: Checkpoint):
@@ -309,10 +361,15 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     check_disk(run, num_trained, num_exported, cfg.keep_checkpoints)
     if cfg.activation_checkpointing:
         trainee.vla.recompute_blocks()
+    if cfg.compile:
+        for block in trainee.vla.transformer_blocks():
+            block.compile()
     has_many_processes = is_torchrun()
     if has_many_processes or has_cuda:  # one GPU takes the same path: float32 weights, bfloat16 compute
         units = [*trainee.vla.transformer_blocks(), trainee.vla.vision_backbone]
         shard(model, units, "cuda" if has_cuda else "cpu", cfg.bf16 and has_cuda)
+    model.to_empty(device=device)
+    trainee.fill(trainee, cfg)
     model.train()
     optimizer = build_optimizer(model, cfg, fused=has_cuda or not has_many_processes)
 
@@ -355,58 +412,64 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
     handlers = catch_signals(signals_received)
     is_stopping = False
 
-    while step < cfg.max_steps and not is_stopping:
-        lr = get_lr(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed(cfg.seed + step * world + process)  # for dropout; the data has an order of its own
+    with Saver(run, cfg.keep_checkpoints) as saver:
+        while step < cfg.max_steps and not is_stopping:
+            lr = get_lr(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(cfg.seed + step * world + process)  # for dropout; the data has an order of its own
 
-        # Forward and backward. Gradients add up over the micro-batches; processes exchange them after the last one.
-        step_loss = torch.zeros((), device=device)
-        for micro_step in range(accumulate):
-            batch = window.timed_next(batches)
-            batch = prepare_batch(batch, trainee, device)
-            if has_many_processes:
-                model.set_requires_gradient_sync(micro_step == accumulate - 1)
-            loss, predicted = model.loss(batch)
-            (loss / accumulate).backward()
-            step_loss += loss.detach() / accumulate
-            window.add(batch, count_errors(predicted, batch, len(datasets)))
-        step_loss = total(step_loss) / world
-        check_finite(step_loss, step, cfg)
-        window.losses.append(step_loss.item())
+            # Forward and backward. Gradients add up over the micro-batches; processes exchange them after the last one.
+            step_loss = torch.zeros((), device=device)
+            for micro_step in range(accumulate):
+                batch = window.timed_next(batches)
+                batch = prepare_batch(batch, trainee, device)
+                if has_many_processes:
+                    model.set_requires_gradient_sync(micro_step == accumulate - 1)
+                loss, predicted = model.loss(batch)
+                (loss / accumulate).backward()
+                step_loss += loss.detach() / accumulate
+                window.add(batch, count_errors(predicted, batch, len(datasets)))
+            step_loss = total(step_loss) / world
+            check_finite(step_loss, step, cfg)
+            window.losses.append(step_loss.item())
 
-        # Update the weights.
-        if cfg.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        is_last = step == cfg.max_steps
+            # Update the weights.
+            if cfg.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            is_last = step == cfg.max_steps
 
-        # Ctrl-C or SIGTERM may have reached one process only, or one before another. They stop after the same step.
-        num_signals = total(torch.tensor(len(signals_received), device=device))
-        is_stopping = num_signals.item() > 0
+            # Ctrl-C or SIGTERM may have reached one process only, or one before another. They stop after the same step.
+            num_signals = total(torch.tensor(len(signals_received), device=device))
+            is_stopping = num_signals.item() > 0
+            saver.check()
 
-        # Report.
-        if log:
-            log.update_bar()
-        if step % cfg.log_every == 0 or is_last:
-            metrics = {"step": step, "lr": lr, **window.close(trainee.vla, list(statistics))}
-            window = Window(len(datasets), device)
-            if cfg.val_every and step % cfg.val_every < cfg.log_every:  # the first line after each val_every steps
-                metrics.update(validate(trainee, val_data, cfg, device))
+            # Report.
             if log:
-                log.write(metrics)
+                log.update_bar()
+            if step % cfg.log_every == 0 or is_last:
+                metrics = {"step": step, "lr": lr, **window.close(trainee.vla, list(statistics))}
+                window = Window(len(datasets), device)
+                if cfg.val_every and step % cfg.val_every < cfg.log_every:  # the first line after each val_every steps
+                    with window.not_counted("val_s"):
+                        metrics.update(validate(trainee, val_data, cfg, device))
+                if log:
+                    log.write(metrics)
 
-        # Save.
-        if step % cfg.save_every == 0 or is_last or is_stopping:
-            about = {**describe_run(cfg, statistics, base), "window": window.state()}
-            save_checkpoint(run, step, model, optimizer, about, cfg.keep_checkpoints)
-            if log and metrics:
-                plot_curves(run)
-            if cfg.export_every_save or is_last:
-                trainee.export(run, trainee, statistics, cfg)
+            # Save.
+            if step % cfg.save_every == 0 or is_last or is_stopping:
+                about = {**describe_run(cfg, statistics, base), "window": window.state()}
+                with window.not_counted("save_s"):
+                    saver.save(step, model, optimizer, about)
+                    if log and metrics:
+                        plot_curves(run)
+                    if is_last or is_stopping:
+                        saver.wait()
+                    if cfg.export_every_save or is_last:
+                        trainee.export(run, trainee, statistics, cfg)
 
     restore_signals(handlers)
     if log:
@@ -653,20 +716,15 @@ def statistics_entry(dataset: RobotDataset) -> dict:
 
 def export_model(run: Path, trainee: Trainee, statistics: dict, cfg: Config):
     """Write run/checkpoint: the whole model in Hugging Face layout, with all that goes with it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, _ = get_state_dict(trainee.model, [], options=options)
+    folder = run / "checkpoint"
     if is_main_process():
-        config = trainee.vla.cfg
-        with torch.device("meta"):
-            whole = OpenVLA(replace(config, extra={**config.extra, "norm_stats": statistics}))
-        whole.load_state_dict(weights, assign=True)
-        whole.unused = trainee.vla.unused
-
-        folder = run / "checkpoint"
         write_preparation(folder, trainee.tokenizer, trainee.processor, statistics)
         (folder / INDEX).unlink(missing_ok=True)  # killed from here on, the folder is incomplete, not half an old one
-        is_bf16 = cfg.bf16 and torch.cuda.is_available()
-        whole.save_pretrained(folder, torch.bfloat16 if is_bf16 else torch.float32)
+
+    vla = trainee.vla
+    vla.cfg.extra["norm_stats"] = statistics
+    is_bf16 = cfg.bf16 and torch.cuda.is_available()
+    vla.save_pretrained(folder, torch.bfloat16 if is_bf16 else torch.float32, gather, is_main_process())
     barrier()
 
 

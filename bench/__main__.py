@@ -8,6 +8,7 @@ How fast and how large? Each command prints a table and then one JSON line; docs
     python -m bench agree --checkpoint runs/toy-int4 --against runs/toy/checkpoint --trajectories toy --dtype bfloat16
     python -m bench serve --checkpoint runs/toy/checkpoint --dtype float32 --seconds 60
     python -m bench load                          # random weights of the 7B shape in a temporary folder: load, act once
+    python -m bench start --shape 1b --processes 4          # memory of each process that starts training, sharded
     python -m bench train --shape 100m --dtype float32                       # one training step
     python -m bench enlarge --data_root_dir DIR --out BIG        # the Bridge sample with 256 x 256 images
     python -m bench data --data_root_dir DIR --data_mix bridge --image_aug True
@@ -22,6 +23,7 @@ from bench.drafts import bench_agree, bench_drafts
 from bench.infer import bench_infer
 from bench.load import bench_load
 from bench.server import bench_serve
+from bench.start import bench_start
 from bench.train_step import bench_train
 from configurator import configure, fail
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "drafts": bench_drafts,
     "agree": bench_agree,
     "load": bench_load,
+    "start": bench_start,
     "train": bench_train,
     "serve": bench_serve,
     "data": bench_data,
@@ -50,8 +53,8 @@ def check_options(cfg: Config):
         value = getattr(cfg, key)
         if value not in choices:
             fail(f"--{key} {value}: must be one of {', '.join(filter(None, choices))}")
-    if min(cfg.actions, cfg.inputs, cfg.batch_size, cfg.clients) < 1:
-        fail("--actions, --inputs, --batch_size and --clients must be 1 or more")
+    if min(cfg.actions, cfg.inputs, cfg.batch_size, cfg.clients, cfg.processes) < 1:
+        fail("--actions, --inputs, --batch_size, --clients and --processes must be 1 or more")
     if cfg.vs and not (Path(cfg.official) / "prismatic" / "extern" / "hf").is_dir():
         fail(f"--official {cfg.official or '(missing)'}: give a checkout of github.com/openvla/openvla")
 

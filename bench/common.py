@@ -41,6 +41,9 @@ class Config:
     label: str = ""  # infer: "": checkpoint and dtype
     plot: str = ""  # infer: draw this run or, with --log, all runs in the log, to this file
 
+    # start
+    processes: int = 2  # that hold the model together
+
     # serve
     clients: int = 64  # at once
 

@@ -483,7 +483,7 @@ def read_parquet(path: Path, is_wanted: Callable[[str], bool], row_group: int | 
         # What a file says about the size of its columns is not asked for: if it is wrong, pyarrow ends the process.
         batches = []
         num_bytes = 0
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=names):
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=names, use_threads=False):
             num_bytes += batch.nbytes
             if num_bytes > MAX_BYTES:
                 raise ValueError(f"more than {MAX_BYTES:,} bytes, which are not read at once")

@@ -36,7 +36,7 @@ HEADER = 12  # bytes in front of the content of a record
 def raise_or_skip(problem: str, on_bad: Callable[[str], None] | None):
     """Call on_bad(problem). Raises ValueError if there is no such function."""
     if on_bad is None:
-        raise ValueError(f"{problem}, or --skip_bad_records")
+        raise ValueError(f"{problem}; --skip_bad_records True goes on without it")
     on_bad(problem)
 
 

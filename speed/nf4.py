@@ -136,6 +136,11 @@ class NF4Linear(nn.Module):
             # Not in the state_dict: they are made again from the base checkpoint.
             self.register_buffer(name, tensor, persistent=False)
 
+    def fill(self, weight: Tensor):
+        """Quantize a weight, and put it in the place of this layer's."""
+        for name, tensor in quantize(weight.to(self.weight_nf4.device)).items():
+            setattr(self, name, tensor)
+
     def restored(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out_features, in_features)."""
         quantized = dict(self.named_buffers())

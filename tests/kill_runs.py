@@ -4,6 +4,7 @@ touched. Tiny models and data, on Linux: a quarter of an hour on two free cores.
 
     python tests/kill_runs.py --kills 40
     python tests/kill_runs.py --kills 1 --kinds train --signals 0
+    python tests/kill_runs.py --kills 20 --kinds train torchrun --signals 0 --during save
 
 Every file of the two run folders has to be the same: weights, optimizer, export, losses. Ten seconds after a signal no
 process of the run may live. A run under torchrun loses its launcher or one of its ranks. SIGTERM, SIGINT and SIGUSR1 go
@@ -12,6 +13,7 @@ is wrong.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -75,7 +77,7 @@ KINDS = {  # name -> arguments of Python; each run has a folder of its own as it
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 SECONDS_TO_END = 10  # for all processes of a run, after a kill
 NOT_COMPARED = {"curves.png", ".lock", ".metadata"}  # .metadata holds ids of its own
-TIMINGS = {"samples_per_s", "tokens_per_s", "s_per_step", "data_wait_ms", "tflops", "memory_gb"}
+TIMINGS = {"samples_per_s", "tokens_per_s", "s_per_step", "data_wait_ms", "tflops", "memory_gb", "save_s", "val_s"}
 
 
 @dataclass
@@ -168,10 +170,16 @@ def is_exported(run: Path) -> bool:
     return any((run / path).is_file() for path in ("export.json", "checkpoint/model.safetensors.index.json"))
 
 
+def is_saving(run: Path, begin: float) -> bool:
+    """True while a checkpoint of the run that was started at time `begin` is being written."""
+    with contextlib.suppress(FileNotFoundError):  # it got its final name in this moment
+        return any(path.stat().st_mtime >= begin for path in run.glob("checkpoints/.step-*"))
+    return False
+
+
 def phase_of(run: Path, before: int, begin: float) -> str:
     """Return what a run did last, from what it left. before: its newest step when it was started, at time `begin`."""
-    is_saving = any(path.stat().st_mtime >= begin for path in run.glob("checkpoints/.step-*"))
-    if is_saving:
+    if is_saving(run, begin):
         return "save"
     newest = newest_step(run)
     if newest > before and not is_exported(run):
@@ -225,10 +233,11 @@ def check_loads(folder: Path) -> list[str]:
 # Kill
 
 
-def strike(kind: str, folder: Path, number: signal.Signals, target: str, wait: float) -> Strike | None:
+def strike(kind: str, folder: Path, number: signal.Signals, target: str, wait: float, during: str) -> Strike | None:
     """
     Start a run, send it a signal after some seconds, and look what is left. The seconds of SIGKILL begin with the run,
-    those of the others with its first step. None: the run has ended before.
+    those of the others with its first step. during: "save" waits further, until a checkpoint is being written.
+    None: the run has ended before.
     """
     run = folder / "run"
     before = newest_step(run)
@@ -239,8 +248,11 @@ def strike(kind: str, folder: Path, number: signal.Signals, target: str, wait: f
     try:
         code = process.wait(wait)
     except subprocess.TimeoutExpired:
-        pass
-    else:
+        code = None
+    while during == "save" and code is None and not is_saving(run, begin):
+        time.sleep(0.001)
+        code = process.poll()
+    if code is not None:
         if code:
             raise RuntimeError(f"{kind} ended with {code}, see {folder / 'log.txt'}")
         return None
@@ -268,7 +280,9 @@ def send(process: subprocess.Popen, folder: Path, number: signal.Signals, target
     return target
 
 
-def torture(kind: str, folder: Path, plan: list, seconds: float, rng: random.Random) -> tuple[list, list[str]]:
+def torture(
+    kind: str, folder: Path, plan: list, seconds: float, rng: random.Random, during: str
+) -> tuple[list, list[str]]:
     """
     Send a kind of run the signals of a plan, [(signal, target)], one after another. Where a run ends before it gets
     its signal, the next one begins in another folder. Returns strikes, and what was wrong.
@@ -280,7 +294,7 @@ def torture(kind: str, folder: Path, plan: list, seconds: float, rng: random.Ran
         killed = folder / f"{kind}-{number}"
         while plan:
             share = 1 if plan[0][0] == signal.SIGKILL else 0.3
-            hit = strike(kind, killed, *plan[0], rng.uniform(0, seconds * share))
+            hit = strike(kind, killed, *plan[0], rng.uniform(0, seconds * share), during)
             if not hit:
                 break
             print(hit, flush=True)
@@ -325,6 +339,7 @@ def main():
     parser.add_argument("--kills", type=int, default=40, help="SIGKILLs, over all kinds")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--signals", type=int, default=1, help="0: no SIGTERM, SIGINT and SIGUSR1 besides")
+    parser.add_argument("--during", default="", choices=["save"], help="strike while a checkpoint is being written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", default="", help="keep the runs in this new folder")
     args = parser.parse_args()
@@ -342,7 +357,7 @@ def main():
         seconds = time.monotonic() - begin
         share, rest = divmod(args.kills, len(args.kinds))
         kills = share + 1 if i < rest else share
-        found = torture(kind, folder, plan_for(kind, kills, bool(args.signals), rng), seconds, rng)
+        found = torture(kind, folder, plan_for(kind, kills, bool(args.signals), rng), seconds, rng, args.during)
         strikes += found[0]
         problems += found[1]
     problems += [f"{hit}: {wrong_with(hit)}" for hit in strikes if wrong_with(hit)]

@@ -449,7 +449,8 @@ def run_kinds(root: Path) -> list[Kind]:
         return model, optimizer
 
     model, optimizer = model_and_optimizer()
-    resume.save_checkpoint(root / "resumed", 1, model, optimizer, {"config": {}, "statistics": {}}, keep=1)
+    with resume.Saver(root / "resumed", keep=1) as saver:
+        saver.save(1, model, optimizer, {"config": {}, "statistics": {}})
     step = next((root / "resumed" / "checkpoints").iterdir())
     saved = sorted(str(path.relative_to(root / "resumed")) for path in step.iterdir())
 

@@ -349,8 +349,8 @@ def test_resumed_is_uninterrupted(setup, tmp_path):
 
 def test_one_save_per_interval(setup, tmp_path, monkeypatch):
     _, options = setup
-    saves, save = [], train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda run, step, *rest: (saves.append(step), save(run, step, *rest)))
+    saves, save = [], train.Saver.save
+    monkeypatch.setattr(train.Saver, "save", lambda self, step, *rest: (saves.append(step), save(self, step, *rest)))
     run_here(options("run", "--micro_batch_size", "1", "--save_every", "2"))  # 4 micro-batches a step
     assert saves == [2, 4, 6]
 

@@ -579,7 +579,7 @@ def test_trained_merged_and_played(head, film, state, world, tmp_path, capsys):
     assert policy.model.oft == O.OFTConfig(3, 7, 7 * state, 1, head, film)  # known from the folder alone
     merge(tmp_path / "run", tmp_path / "merged")
     with pytest.raises(ValueError, match="is an OFT policy, whose action head would get lost"):
-        train.load_or_create(train.Config(base_checkpoint=str(tmp_path / "merged")))
+        train.open_base(train.Config(base_checkpoint=str(tmp_path / "merged")))
     pictures, states = [[np.full((224, 224, 3), v, np.uint8)] for v in (40, 200)], np.ones((2, 7), np.float32)
     chunks = []
     for folder in ("run", "merged"):
@@ -675,6 +675,8 @@ def test_discrete_loss_is_that_of_the_language_model(world, tmp_path):
     _, options = world
     cfg = F.Config(**options, run_dir=str(tmp_path), views=("primary",), head="discrete", use_proprio=False)
     trainee = build(cfg)
+    trainee.model.to_empty(device="cpu")
+    trainee.fill(trainee, cfg)
     model, tokenizer = trainee.model, trainee.tokenizer
     rows = [tokenizer.encode_example(text, np.full((3, 7), 0.5)) for text in ("go", "pick up the red cube")]
     (ids, _), (labels, _) = (pad_sequences([r[i] for r in rows], pad) for i, pad in ((0, PAD), (1, -100)))

@@ -121,7 +121,7 @@ def test_for_inference_only(whole, tmp_path):
     (tmp_path / "run" / "adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(out))))
     shutil.copy(whole / "model-00001.safetensors", tmp_path / "run" / "adapter_model.safetensors")
     for use in (
-        lambda: train.load_or_create(train.Config(base_checkpoint=str(out))),
+        lambda: train.open_base(train.Config(base_checkpoint=str(out))),
         lambda: convert_weights.hf_to_prismatic(out, tmp_path / "x"),
         lambda: load_policy(tmp_path / "run"),
     ):

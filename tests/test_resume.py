@@ -17,6 +17,7 @@ import torch
 from common import ROOT, free_port
 from safetensors.torch import load_file, save_file
 from test_train import config, losses, run, same_weights, train_here  # noqa: F401
+from torch.distributed.checkpoint import state_dict_saver
 
 import checkpoint
 import finetune_oft
@@ -259,15 +260,15 @@ def test_the_resume_command_can_be_pasted(monkeypatch):
 
 def test_a_full_disk_keeps_the_checkpoint_before(config, tmp_path, monkeypatch, capsys):  # noqa: F811
     train_here(config("whole"))
-    real, calls = resume.dcp.save, []
+    real, calls = state_dict_saver.save, []
 
-    def save(state, checkpoint_id):
+    def save(state, checkpoint_id, **options):
         calls.append(1)
-        real(state, checkpoint_id=checkpoint_id)
+        real(state, checkpoint_id=checkpoint_id, **options)
         if len(calls) == 3:
             raise RuntimeError("unexpected pos 704 vs 598") from OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resume.dcp, "save", save)
+    monkeypatch.setattr(state_dict_saver, "save", save)
     with pytest.raises(SystemExit) as end:
         train.main(configure(train.Config, config("full", "--save_every", "1")))
     assert end.value.code == 2 and "the disk is full" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 import torch
 from common import ROOT, golden, pixels, shared
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import state_dict_saver
 
 import model
 import policy as acting
@@ -195,16 +196,16 @@ def test_killed_at_any_point_and_resumed_equals_uninterrupted(config, tmp_path):
 
 def test_killed_while_saving_keeps_the_checkpoint_before(config, tmp_path, monkeypatch):
     train_here(config("whole"))
-    real, calls = resume.dcp.save, []
+    real, calls = state_dict_saver.save, []
 
-    def save(state, checkpoint_id):
+    def save(state, checkpoint_id, **options):
         calls.append(checkpoint_id)
-        real(state, checkpoint_id=checkpoint_id)
+        real(state, checkpoint_id=checkpoint_id, **options)
         if len(calls) == 3:
             next(checkpoint_id.glob("*.distcp")).write_bytes(b"half of a fi")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume.dcp, "save", save)
+    monkeypatch.setattr(state_dict_saver, "save", save)
     with pytest.raises(KeyboardInterrupt):
         train_here(config("cut", "--save_every", "1"))
     assert [p.name for p in resume.complete_checkpoints(tmp_path / "cut")] == ["step-000001", "step-000002"]
