@@ -12,6 +12,7 @@ How fast and how large? Each command prints a table and then one JSON line; docs
     python -m bench train --shape 100m --dtype float32                       # one training step
     python -m bench enlarge --data_root_dir DIR --out BIG        # the Bridge sample with 256 x 256 images
     python -m bench data --data_root_dir DIR --data_mix bridge --image_aug True
+    python -m bench index                         # read 2 GB of made-up episodes once, with one process and with two
 """
 
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from bench.common import Config
 from bench.data_speed import bench_data, bench_enlarge
 from bench.drafts import bench_agree, bench_drafts
+from bench.index import bench_index
 from bench.infer import bench_infer
 from bench.load import bench_load
 from bench.server import bench_serve
@@ -37,6 +39,7 @@ COMMANDS = {
     "serve": bench_serve,
     "data": bench_data,
     "enlarge": bench_enlarge,
+    "index": bench_index,
 }
 
 # Options that take one of a few values; "" is the default of some of them
@@ -53,8 +56,8 @@ def check_options(cfg: Config):
         value = getattr(cfg, key)
         if value not in choices:
             fail(f"--{key} {value}: must be one of {', '.join(filter(None, choices))}")
-    if min(cfg.actions, cfg.inputs, cfg.batch_size, cfg.clients, cfg.processes) < 1:
-        fail("--actions, --inputs, --batch_size, --clients and --processes must be 1 or more")
+    if min(cfg.actions, cfg.inputs, cfg.batch_size, cfg.clients, cfg.processes, cfg.episodes) < 1:
+        fail("--actions, --inputs, --batch_size, --clients, --processes and --episodes must be 1 or more")
     if cfg.vs and not (Path(cfg.official) / "prismatic" / "extern" / "hf").is_dir():
         fail(f"--official {cfg.official or '(missing)'}: give a checkout of github.com/openvla/openvla")
 

@@ -41,8 +41,9 @@ class Config:
     label: str = ""  # infer: "": checkpoint and dtype
     plot: str = ""  # infer: draw this run or, with --log, all runs in the log, to this file
 
-    # start
-    processes: int = 2  # that hold the model together
+    # start, index
+    processes: int = 2  # start: that hold the model together; index: that read, beside one alone
+    episodes: int = 4000  # index: of 30 images
 
     # serve
     clients: int = 64  # at once

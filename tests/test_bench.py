@@ -46,3 +46,10 @@ WRONG = ["fly", "infer --shape giant", "load --checkpoint nowhere", "infer --vs 
 def test_refusals(argv):
     run = subprocess.run([sys.executable, "-m", "bench", *argv], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr
+
+
+def test_start_and_index():
+    row = bench("start", "--shape", "tiny", "--processes", "1")
+    assert row["peak_mb"] > row["before_mb"] > 0
+    row = bench("index", "--episodes", "3")
+    assert row["mb_per_s_1"] > 0 and row["mb_per_s_2"] > 0
