@@ -10,6 +10,7 @@ How fast and how large? Each command prints a table and then one JSON line; docs
     python -m bench load                          # random weights of the 7B shape in a temporary folder: load, act once
     python -m bench start --shape 1b --processes 4          # memory of each process that starts training, sharded
     python -m bench train --shape 100m --dtype float32                       # one training step
+    python -m bench gpu --out DIR                 # all about one GPU in nine minutes; with --tiny a try-out on a CPU
     python -m bench enlarge --data_root_dir DIR --out BIG        # the Bridge sample with 256 x 256 images
     python -m bench data --data_root_dir DIR --data_mix bridge --image_aug True
     python -m bench index                         # read 2 GB of made-up episodes once, with one process and with two
@@ -21,6 +22,7 @@ from pathlib import Path
 from bench.common import Config
 from bench.data_speed import bench_data, bench_enlarge
 from bench.drafts import bench_agree, bench_drafts
+from bench.gpu import bench_gpu
 from bench.index import bench_index
 from bench.infer import bench_infer
 from bench.load import bench_load
@@ -37,6 +39,7 @@ COMMANDS = {
     "start": bench_start,
     "train": bench_train,
     "serve": bench_serve,
+    "gpu": bench_gpu,
     "data": bench_data,
     "enlarge": bench_enlarge,
     "index": bench_index,

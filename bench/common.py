@@ -23,9 +23,9 @@ from tokenizer import make_standin
 @dataclass
 class Config:
     checkpoint: str = ""  # this folder instead of random weights
-    shape: str = "7b"  # of the random weights: tiny, 100m, 1b, 7b
+    shape: str = "7b"  # of the random weights: tiny, 100m, 1b, 1.3b, 7b
     dtype: str = "bfloat16"  # bfloat16, float32, float16
-    device: str = "auto"  # infer, drafts, agree, train: auto, cpu, cuda
+    device: str = "auto"  # infer, drafts, agree, train, gpu: auto, cpu, cuda
     seconds: float = 20.0  # data, train, serve: how long to measure
 
     # infer, drafts, agree
@@ -35,7 +35,7 @@ class Config:
     trajectories: str = ""  # where images come from: "" noise, toy (the policy's own way), data (a dataset's episodes)
     unnorm_key: str = ""  # whose statistics give actions their units; "": the first of the checkpoint
     vs: str = ""  # official: the official classes in the same run
-    official: str = ""  # a checkout of github.com/openvla/openvla
+    official: str = ""  # infer, gpu: a checkout of github.com/openvla/openvla
     official_python: str = "python"  # of a virtual environment with transformers 4.40.1 and timm 0.9.10
     log: str = ""  # infer: append the JSON line to this file, with a `label`
     label: str = ""  # infer: "": checkpoint and dtype
@@ -45,12 +45,16 @@ class Config:
     processes: int = 2  # start: that hold the model together; index: that read, beside one alone
     episodes: int = 4000  # index: of 30 images
 
+    # gpu
+    stages: tuple[str, ...] = ()  # some of them, by name or letter; none: all
+    tiny: bool = False  # every stage with tiny models, on the CPU unless --device says cuda
+
     # serve
     clients: int = 64  # at once
 
     # data, enlarge, train
     data_root_dir: str = ""  # folder with the datasets
-    out: str = "runs/bench"  # enlarge: where the enlarged dataset goes
+    out: str = "runs/bench"  # enlarge, gpu: where the enlarged dataset or the results go
     data_mix: str = "bridge"  # data: mixture or dataset
     image_aug: bool = True  # data: random crops and colours
     batch_size: int = 16  # data, train
@@ -112,6 +116,9 @@ def print_measured(measure: Callable[..., dict]):
 # -----------------------------------------------------------------------------
 # Time and memory
 
+# That are copied to see how fast the memory is. On a GPU it takes that many to hide how long a kernel takes to start.
+COPY_BYTES = {"cpu": 2**28, "mps": 2**28, "cuda": 2**32}
+
 
 def timed(function: Callable, *inputs) -> tuple[float, object]:
     """Return the seconds that a call took, work on the GPU included, and its result."""
@@ -126,6 +133,15 @@ def synchronize():
     """Wait until the GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def measure_copy(device: str | torch.device) -> float:
+    """Return how fast memory is copied, in GB/s, reading and writing together."""
+    num_bytes = COPY_BYTES[torch.device(device).type]
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    fastest = min(timed(target.copy_, source)[0] for _ in range(9))
+    return 2 * num_bytes / fastest / 1e9
 
 
 def peak_gb(device: str) -> float:
@@ -194,6 +210,7 @@ SHAPES = {
     "tiny": Shape(vision_dim=64, vision_depth=3, vision_heads=4, dim=64, mlp_dim=128, depth=2, heads=4),
     "100m": Shape(vision_dim=384, vision_depth=12, vision_heads=6, dim=512, mlp_dim=1408, depth=8, heads=8),
     "1b": Shape(vision_dim=768, vision_depth=12, vision_heads=12, dim=1536, mlp_dim=4096, depth=24, heads=12),
+    "1.3b": Shape(vision_dim=768, vision_depth=12, vision_heads=12, dim=2048, mlp_dim=5632, depth=20, heads=16),
 }
 RANDOM_SHARD_BYTES = 45 * 10**8  # weights that are in memory at the same time
 WEIGHT_SPREAD = 0.02

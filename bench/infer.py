@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.common import Config, peak_gb, report, resident_mb, timed, write_random_checkpoint
+from bench.common import Config, measure_copy, peak_gb, report, resident_mb, timed, write_random_checkpoint
 from bench.inputs import NUM_TOKENS, Input, answer_inputs, make_inputs, to_tokens
 from metrics import import_pyplot
 from model import Llama
@@ -43,7 +43,6 @@ ALL_RIGHT = "drafted, all right"
 WAYS = (OFFICIAL, GENERATE, ONE_BY_ONE, DRAFTED, ALL_WRONG, ALL_RIGHT)
 
 STAGE_INPUTS = 20  # on which the stages of an action are timed, twice
-COPY_BYTES = 2**28  # that are copied to see how fast the memory is
 
 
 @dataclass
@@ -117,7 +116,7 @@ def infer(cfg: Config, folder: Path, temporary: Path) -> dict:
     answer_inputs(policy, inputs)
     add_drafts(inputs, stats)
     decoder = Decoder(policy, stats)
-    official = Official(cfg, folder, inputs, device, temporary) if cfg.vs == "official" else None
+    official = start_official(cfg, folder, inputs, device, temporary) if cfg.vs == "official" else None
     ways, growth_mb = time_ways(cfg, decoder, official, inputs)
 
     summaries = {name: way.summary() for name, way in ways.items()}
@@ -186,20 +185,29 @@ def to_units(tokens: Tensor, stats: dict) -> np.ndarray:
     return unnormalize(decode_action(tokens.cpu().numpy()), stats)
 
 
+def start_official(cfg: Config, folder: Path, inputs: list[Input], device: str, temporary: Path) -> "Official":
+    """Start bench/official.py with a checkpoint folder, in the virtual environment of --official_python."""
+    write_inputs(temporary / "inputs.npz", inputs)
+    command = [cfg.official_python, str(Path(__file__).with_name("official.py"))]
+    command += [str(Path(cfg.official).resolve()), str(folder.resolve()), str(temporary / "inputs.npz")]
+    command += [cfg.dtype, device]
+    return Official(command, temporary / "official.log")
+
+
+def write_inputs(path: Path, inputs: list[Input]):
+    """Write ids and pixels of all inputs to a .npz file."""
+    arrays = {}
+    for i, one in enumerate(inputs):
+        arrays[f"ids{i}"] = one.input_ids[0].cpu().numpy()
+        arrays[f"pixels{i}"] = one.pixel_values[0].float().cpu().numpy()
+    np.savez(path, **arrays)
+
+
 class Official:
-    """bench/official.py, in a process of the virtual environment that --official_python belongs to."""
+    """A process of another virtual environment that runs the official model, see `answer` of bench/official.py."""
 
-    def __init__(self, cfg: Config, folder: Path, inputs: list[Input], device: str, temporary: Path):
-        arrays = {}
-        for i, one in enumerate(inputs):
-            arrays[f"ids{i}"] = one.input_ids[0].cpu().numpy()
-            arrays[f"pixels{i}"] = one.pixel_values[0].float().cpu().numpy()
-        np.savez(temporary / "inputs.npz", **arrays)
-
-        command = [cfg.official_python, str(Path(__file__).with_name("official.py"))]
-        command += [str(Path(cfg.official).resolve()), str(folder.resolve()), str(temporary / "inputs.npz")]
-        command += [cfg.dtype, device]
-        self.log = open(temporary / "official.log", "w+")
+    def __init__(self, command: list[str], log: Path):
+        self.log = open(log, "w+")
         # It ends when its stdin is closed, which is at the latest when this process ends.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -311,14 +319,6 @@ def weight_bytes(llama: Llama) -> int:
     """Return the bytes of the weights that each further token reads."""
     weights = [*llama.model.layers.parameters(), *llama.model.layers.buffers(), llama.lm_head.weight]
     return sum(weight.nbytes for weight in weights)
-
-
-def measure_copy(device: torch.device) -> float:
-    """Return how fast memory is copied, in GB/s, reading and writing together."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    fastest = min(timed(target.copy_, source)[0] for _ in range(9))
-    return 2 * COPY_BYTES / fastest / 1e9
 
 
 # -----------------------------------------------------------------------------

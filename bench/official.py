@@ -74,6 +74,21 @@ def use_standin_if_needed():
 
 def load(code: str, checkpoint: str, dtype: torch.dtype, device: str):
     """Return the official model, which keeps what it generated last in `generated`, and an unnorm_key of it."""
+    sizes = json.loads(Path(checkpoint, "config.json").read_text()).get("vision_configs", [])
+    model_class, config_class = import_official(code, sizes)
+    config = config_class.from_pretrained(checkpoint)
+    model = model_class.from_pretrained(
+        checkpoint, config=config, torch_dtype=dtype, attn_implementation="sdpa", low_cpu_mem_usage=not sizes
+    )
+    unnorm_key = next(iter(config.norm_stats))
+    return model.to(device).eval(), unnorm_key
+
+
+def import_official(code: str, sizes: list[dict]):
+    """
+    Return the classes of the official model and of its config. sizes: of vision encoders that are not the released
+    ones, as config.json gives them.
+    """
     use_standin_if_needed()
     sys.path.insert(0, str(Path(code, "prismatic", "extern")))  # so that the rest of `prismatic` is not imported
     from hf import modeling_prismatic
@@ -86,15 +101,9 @@ def load(code: str, checkpoint: str, dtype: torch.dtype, device: str):
             self.generated = super().generate(*args, **kwargs)
             return self.generated
 
-    sizes = json.loads(Path(checkpoint, "config.json").read_text()).get("vision_configs", [])
     if sizes:
         modeling_prismatic.timm = TimmOfOtherSizes(modeling_prismatic.timm, sizes)
-    config = OpenVLAConfig.from_pretrained(checkpoint)
-    model = RecordingModel.from_pretrained(
-        checkpoint, config=config, torch_dtype=dtype, attn_implementation="sdpa", low_cpu_mem_usage=not sizes
-    )
-    unnorm_key = next(iter(config.norm_stats))
-    return model.to(device).eval(), unnorm_key
+    return RecordingModel, OpenVLAConfig
 
 
 class TimmOfOtherSizes:
@@ -123,13 +132,18 @@ class TimmOfOtherSizes:
 def main(code: str, checkpoint: str, inputs: str, dtype: str, device: str):
     torch_dtype = getattr(torch, dtype)
     model, unnorm_key = load(code, checkpoint, torch_dtype, device)
+    answer(model, unnorm_key, inputs, torch_dtype, device)
+
+
+def answer(model, unnorm_key: str, inputs: str, dtype: torch.dtype, device: str):
+    """Say that the model is ready, and answer each line of stdin until it is closed."""
     arrays = np.load(inputs)
     print(json.dumps({"ready": True}), flush=True)
 
     for line in sys.stdin:
         number = int(line)
         input_ids = torch.from_numpy(arrays[f"ids{number}"])[None].to(device)
-        pixel_values = torch.from_numpy(arrays[f"pixels{number}"])[None].to(device, torch_dtype)
+        pixel_values = torch.from_numpy(arrays[f"pixels{number}"])[None].to(device, dtype)
 
         start = time.perf_counter()
         model.predict_action(input_ids, unnorm_key, pixel_values=pixel_values, do_sample=False)
