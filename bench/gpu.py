@@ -35,6 +35,7 @@ LOG = "log.txt"
 TABLES = "results.md"
 TOTAL_SECONDS = 530  # of all stages together: nine minutes, less what starting and reporting take
 LEAST_SECONDS = 20  # a stage is not started with less
+SECONDS_TO_PRINT = 5  # where it was, for a stage that is stopped
 SLOWNESS = 4  # how much longer all may take in a try-out on a CPU, which may have other work
 
 
@@ -151,28 +152,45 @@ def run_stages(stages: list[Stage], out: Path):
 def run_one(stage: Stage, module: str, seconds: float, log: Path):
     """Run a stage in a process of its own, at most for some seconds. If it stops early, that is a result, too."""
     command = [sys.executable, "-m", module, json.dumps(asdict(stage))]
+    # What it prints is there when it crashes, and Python says where it was.
+    settings = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     with open(log, "a+", encoding="utf-8", errors="replace") as output:
         print(f"===== {stage.name}", file=output, flush=True)
         log_start = output.tell()
         # A group of its own, so that the processes that a stage starts end with it.
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, preexec_fn=os.setpgrp)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+            preexec_fn=os.setpgrp,
+        )
         try:
-            code = process.wait(timeout=seconds)
-            why = describe_exit(code)
-        except subprocess.TimeoutExpired:
-            why = f"stopped after its {seconds:.0f} seconds"
+            code = wait(process, seconds)
         finally:
             end_group(process)
-        if why:
+
+        if code is None:
+            write_stopped(stage, f"stopped after its {seconds:.0f} seconds; {log.name} says where it was")
+        elif code < 0:
+            write_stopped(stage, f"crashed with {signal.Signals(-code).name}; {log.name} says where it was")
+        elif code > 0:
             output.seek(log_start)
-            write_stopped(stage, f"{why}; {last_words(output.read())}")
+            write_stopped(stage, f"ended with exit code {code}: {last_line(output.read())}")
 
 
-def describe_exit(code: int) -> str:
-    """Return how a process ended, or "" if all was well."""
-    if code < 0:
-        return f"crashed with {signal.Signals(-code).name}"
-    return f"ended with exit code {code}" if code else ""
+def wait(process: subprocess.Popen, seconds: float) -> int | None:
+    """Return the exit code of a process, or None if it ran longer: then it has printed where it was, and is ending."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+    try:
+        process.wait(timeout=SECONDS_TO_PRINT)
+    except subprocess.TimeoutExpired:
+        pass  # not even that: `end_group` follows
+    return None
 
 
 def end_group(process: subprocess.Popen):
@@ -184,9 +202,9 @@ def end_group(process: subprocess.Popen):
     process.wait()
 
 
-def last_words(log: str) -> str:
-    """Return the last line of what a stage has printed."""
-    lines = log.strip().splitlines()
+def last_line(text: str) -> str:
+    """Return the last line of what a stage has printed; of a Python error it is the message."""
+    lines = text.strip().splitlines()
     return lines[-1] if lines else "it printed nothing"
 
 
