@@ -20,12 +20,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bench.gpu_common import ROOT, Stage, compile_blocks, random_model, run_stage, start_one_process
+from bench.gpu_common import ROOT, Stage, prepare_model, random_model, run_stage
 from bench.gpu_lines import FAILED, PASSED
 from bench.inputs import NUM_TOKENS
 from bench.train_step import random_batch
-from distributed import shard
-from model import OpenVLA
 from speed.engine import PROMPT_MULTIPLE, Engine, Passes
 from speed.nf4 import NF4Linear
 from speed.quantize import Int4Linear, Int8Linear, quantize
@@ -70,11 +68,12 @@ def run_gpu_tests(stage: Stage):
     if not stage.on_gpu:
         stage.skip(name, f"needs a GPU: {GPU_TESTS}")
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", GPU_TESTS]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(run.stdout, run.stderr)
-    summary = run.stdout.strip().splitlines() or run.stderr.strip().splitlines()
-    stage.write(name, run.returncode, "exit code", f"{GPU_TESTS}: {summary[-1]}", FAILED if run.returncode else PASSED)
+    summary = (run.stdout.strip() or run.stderr.strip() or "it printed nothing").splitlines()[-1]
+    has_passed = run.returncode == 0 and " passed" in summary
+    stage.write(name, run.returncode, "exit code", f"{GPU_TESTS}: {summary}", PASSED if has_passed else FAILED)
 
 
 # -----------------------------------------------------------------------------
@@ -274,7 +273,14 @@ def step_result(stage: Stage, way: str) -> dict:
     before = whole_tensors(dict(model.named_parameters()))
     torch.manual_seed(0)
     batch = random_batch(model, SMALL_BATCH, stage.device)
-    prepare_model(stage, model, way)
+    prepare_model(
+        stage,
+        model,
+        is_recomputed="recomputed" in way,
+        is_compiled="compiled" in way,
+        is_sharded="sharded" in way,
+        bf16=False,
+    )
     optimizer = build_optimizer(model, TrainConfig(lr=1e-4), fused=stage.on_gpu)
 
     _, loss = model(batch[0], batch[2], batch[1])
@@ -284,19 +290,6 @@ def step_result(stage: Stage, way: str) -> dict:
     after = whole_tensors(dict(model.named_parameters()))
     updates = {name: after[name] - before[name] for name in before}
     return {"loss": loss.item(), "gradients": gradients, "updates": updates}
-
-
-def prepare_model(stage: Stage, model: OpenVLA, way: str):
-    """Make a model as train.py does: recompute, compile and shard it, in place, if `way` says so."""
-    model.train()
-    if "recomputed" in way:
-        model.recompute_blocks()
-    if "compiled" in way:
-        compile_blocks(model, stage.compiler)
-    if "sharded" in way:
-        start_one_process(stage.device)
-        device_type = torch.device(stage.device).type
-        shard(model, [*model.transformer_blocks(), model.vision_backbone], device_type, bf16=False)
 
 
 def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from bench.gpu_lines import (
     append_line,
 )
 from bench.random_weights import fill_random
+from distributed import shard
 from image import ImageProcessor
 from model import OpenVLA
 from policy import Policy
@@ -70,7 +71,7 @@ REAL = Sizes(
     batch=16,
     full_batch=32,
     steps=6,
-    most=256,
+    most=128,
 )
 TINY = Sizes(
     policy="tiny",
@@ -239,6 +240,22 @@ def random_policy(model: OpenVLA) -> Policy:
     return Policy(model, tokenizer, ImageProcessor(), STATISTICS, "random weights")
 
 
+def prepare_model(stage: Stage, model: OpenVLA, is_recomputed: bool, is_compiled: bool, is_sharded: bool, bf16: bool):
+    """
+    Prepare a model for training in place, as train.py does: recompute and compile its blocks, and shard it over this
+    process alone. bf16: a sharded model computes in bfloat16.
+    """
+    model.train()
+    if is_recomputed:
+        model.recompute_blocks()
+    if is_compiled:
+        compile_blocks(model, stage.compiler)
+    if is_sharded:
+        start_one_process(stage.device)
+        device_type = torch.device(stage.device).type
+        shard(model, [*model.transformer_blocks(), model.vision_backbone], device_type, bf16)
+
+
 def compile_blocks(model: OpenVLA, backend: str):
     """Compile the blocks in place; one block's code serves all of its kind."""
     torch.compiler.reset()  # else earlier models count towards the number of versions that PyTorch compiles
@@ -247,7 +264,7 @@ def compile_blocks(model: OpenVLA, backend: str):
 
 
 def start_one_process(device: str):
-    """Make a process group of this process alone, which distributed.shard needs on a CPU."""
+    """Make a process group of this process alone, unless there is one. (distributed.shard makes one on a GPU only.)"""
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -33,16 +33,14 @@ import torch
 from bench.common import peak_gb, random_config
 from bench.gpu_common import (
     Stage,
-    compile_blocks,
     free_memory,
     official_command,
+    prepare_model,
     random_model,
     run_stage,
-    start_one_process,
 )
 from bench.gpu_lines import OUT_OF_MEMORY
 from bench.train_step import TEXT_TOKENS, TRAINED_TOKENS, random_batch
-from distributed import shard
 from lora import add_lora
 from metrics import count_weights, flops_per_sample, peak_flops
 from model import OpenVLA, OpenVLAConfig
@@ -67,22 +65,16 @@ class Way:
     is_nf4: bool = False
 
 
-# The recipes recompute by default, so that comes first. Compiling takes long, so it comes last.
-LORA_WAYS = (
+# The recipes recompute by default, so that comes first.
+WAYS = (
     Way("recomputed", is_recomputed=True),
     Way("kept"),
 )
-LORA_NF4 = Way("NF4, recomputed", is_recomputed=True, is_nf4=True)
-LORA_COMPILED_WAYS = (
+COMPILED_WAYS = (
     Way("recomputed, compiled", is_recomputed=True, is_compiled=True),
     Way("kept, compiled", is_compiled=True),
 )
-FULL_WAYS = (
-    Way("recomputed", is_recomputed=True),
-    Way("kept"),
-    Way("kept, compiled", is_compiled=True),
-    Way("recomputed, compiled", is_recomputed=True, is_compiled=True),
-)
+NF4_WAY = Way("NF4, recomputed", is_recomputed=True, is_nf4=True)
 
 
 # -----------------------------------------------------------------------------
@@ -95,24 +87,14 @@ def build_lora(stage: Stage, way: Way) -> OpenVLA:
     if way.is_nf4:
         quantize_linears(model)
     add_lora(model, LORA_RANK)
-    return prepare(stage, model, way)
+    prepare_model(stage, model, way.is_recomputed, way.is_compiled, is_sharded=True, bf16=stage.on_gpu)
+    return model
 
 
 def build_full(stage: Stage, way: Way) -> OpenVLA:
     """Return a model in float32 whose weights all train, sharded over this process alone."""
-    return prepare(stage, random_model(stage.sizes.full, torch.float32, stage.device), way)
-
-
-def prepare(stage: Stage, model: OpenVLA, way: Way) -> OpenVLA:
-    """Recompute, compile and shard a model in place, as train.py does. It computes in bfloat16 on a GPU."""
-    model.train()
-    if way.is_recomputed:
-        model.recompute_blocks()
-    if way.is_compiled:
-        compile_blocks(model, stage.compiler)
-    start_one_process(stage.device)
-    device_type = torch.device(stage.device).type
-    shard(model, [*model.transformer_blocks(), model.vision_backbone], device_type, bf16=stage.on_gpu)
+    model = random_model(stage.sizes.full, torch.float32, stage.device)
+    prepare_model(stage, model, way.is_recomputed, way.is_compiled, is_sharded=True, bf16=stage.on_gpu)
     return model
 
 
@@ -184,11 +166,11 @@ def write_steps(stage: Stage, name: str, seconds: list[float], batch_size: int, 
 
 def run_lora(stage: Stage):
     """Measure adapters on the large model."""
-    for way in LORA_WAYS:
+    for way in WAYS:
         stage.run(f"LoRA, {way.name}", measure_lora, way, stage.sizes.batch)
     stage.run("official LoRA", measure_official)
-    stage.run(f"LoRA, {LORA_NF4.name}", measure_lora, LORA_NF4, 1)
-    for way in LORA_COMPILED_WAYS:
+    stage.run(f"LoRA, {NF4_WAY.name}", measure_lora, NF4_WAY, 1)
+    for way in compiled_ways(stage):
         stage.run(f"LoRA, {way.name}", measure_lora, way, stage.sizes.batch)
 
 
@@ -219,8 +201,13 @@ def measure_official(stage: Stage):
 
 def run_full(stage: Stage):
     """Measure steps in which all weights train."""
-    for way in FULL_WAYS:
+    for way in (*WAYS, *compiled_ways(stage)):
         stage.run(f"all weights, {way.name}", measure_full, way)
+
+
+def compiled_ways(stage: Stage) -> tuple[Way, ...]:
+    """Return the ways that compile; the first one only in a try-out, because each takes seconds on a CPU."""
+    return COMPILED_WAYS[:1] if stage.tiny else COMPILED_WAYS
 
 
 def measure_full(stage: Stage, way: Way):
@@ -234,17 +221,22 @@ def measure_full(stage: Stage, way: Way):
 
 def run_batch(stage: Stage):
     """Find the largest batch of adapters on the large model."""
+    recomputed, kept = WAYS
     first = stage.sizes.batch
-    stage.run("largest batch, kept", measure_largest, Way("kept"), first)
-    stage.run("largest batch, recomputed", measure_largest, Way("recomputed", is_recomputed=True), 4 * first)
+    stage.run("largest batch, kept", measure_largest, kept, first)
+    stage.run("largest batch, recomputed", measure_largest, recomputed, 4 * first)
 
 
 def measure_largest(stage: Stage, way: Way, first: int):
-    """Write the largest batch of which a step fits into the card's memory."""
-    peaks = {}  # batch -> GB
+    """Write the largest batch that fits into the card's memory."""
+    peaks = {}  # batch -> GB, None if it does not fit
 
     def fits(batch_size: int) -> bool:
-        peaks[batch_size] = peak_of_step(stage, way, batch_size)
+        try:
+            peaks[batch_size] = peak_of_steps(stage, way, batch_size)
+        except torch.OutOfMemoryError:
+            peaks[batch_size] = None
+        free_memory()
         return peaks[batch_size] is not None
 
     most = stage.sizes.most
@@ -258,17 +250,11 @@ def measure_largest(stage: Stage, way: Way, first: int):
     stage.write(f"largest batch, {way.name}", largest, "samples", note)
 
 
-def peak_of_step(stage: Stage, way: Way, batch_size: int) -> float | None:
-    """Return the memory in GB that a step with adapters takes, or None if it does not fit."""
-    try:
-        model = build_lora(stage, way)
-        time_steps(stage, model, batch_size, LORA_RATE, num_steps=1, num_warm_up=0)
-        return peak_gb(stage.device)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        model = None
-        free_memory()
+def peak_of_steps(stage: Stage, way: Way, batch_size: int) -> float:
+    """Return the memory in GB that training adapters takes: two steps, as AdamW's state is there from the second on."""
+    model = build_lora(stage, way)
+    time_steps(stage, model, batch_size, LORA_RATE, num_steps=2, num_warm_up=0)
+    return peak_gb(stage.device)
 
 
 def find_largest(fits: Callable[[int], bool], first: int, most: int) -> int:
