@@ -50,7 +50,7 @@ class Plan:
 
 # In the order in which they run: the most valuable first
 PLANS = {
-    "checks": Plan("a. Is it right on a GPU?", "bench.gpu_checks", seconds=120),
+    "checks": Plan("a. Is it right on a GPU?", "bench.gpu_checks", seconds=150),
     "actions": Plan("b. How fast is an action of 7B in bfloat16?", "bench.gpu_infer", seconds=120),
     "chunks": Plan("c. How fast is a chunk of OFT?", "bench.gpu_infer", seconds=60),
     "quantized": Plan("d. How fast and how large is 7B in 8 and 4 bits?", "bench.gpu_infer", seconds=80),
