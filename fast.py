@@ -40,7 +40,7 @@ from files import atomic_write, read_json_object, write_json
 from progress import no_progress
 from tokenizer import EOS, VOCAB_SIZE
 
-FOLDER = "fast"  # in a checkpoint folder or a run folder: the tokenizer that it was trained with
+FAST_FOLDER = "fast"  # in a checkpoint folder or a run folder: the tokenizer that it was trained with
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PROCESSOR = "processor_config.json"  # written last: a folder that has it is whole
@@ -225,6 +225,16 @@ class FAST:
         """Return the most ids that a chunk can take: one for each byte."""
         has_two_bytes = any(count is not None and count[2] for count in self.counts)
         return time_horizon * action_dim * (2 if has_two_bytes else 1)
+
+    def facts(self) -> dict:
+        """Return what processor_config.json says about it."""
+        return {
+            "action_dim": self.action_dim,
+            "min_token": self.min_token,
+            "scale": self.scale,
+            "time_horizon": self.time_horizon,
+            "vocab_size": self.vocab_size,
+        }
 
     # There
 
@@ -416,16 +426,17 @@ class FAST:
             "processor_class": "UniversalActionProcessor",
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        processor_config = {
-            "action_dim": self.action_dim,
-            "min_token": self.min_token,
-            "processor_class": "UniversalActionProcessor",
-            "scale": self.scale,
-            "time_horizon": self.time_horizon,
-            "vocab_size": self.vocab_size,
-        }
         write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
-        write_json(folder / PROCESSOR, processor_config)
+        write_json(folder / PROCESSOR, {**self.facts(), "processor_class": "UniversalActionProcessor"})
+
+
+def remove_pretrained(folder: str | Path):
+    """Remove the files that `save_pretrained` writes, and the folder if nothing else is in it."""
+    folder = Path(folder)
+    for name in (PROCESSOR, TOKENIZER, TOKENIZER_CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def parse_tokenizer(content: dict) -> tuple[list[str], list[Pair], bool]:

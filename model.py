@@ -610,6 +610,9 @@ class OpenVLA(nn.Module):
         self.language_model = Llama(cfg.text)
         # Tensors of the checkpoint that no forward pass reads. They are kept, and written again as they came.
         self.unused: dict[str, Tensor] = {}
+        # How labels are averaged to a loss: False: each counts the same, as officially. True: each row does, however
+        # many labels it has. So batches may be divided in any way where the rows have different numbers, as of FAST.
+        self.rows_count_equally = False
 
     def init_weights(self, seed: int = 0) -> "OpenVLA":
         """
@@ -653,7 +656,11 @@ class OpenVLA(nn.Module):
         hidden = hidden[:, -T:-1]  # (B, T - 1, D)
         trained = targets >= 0
         logits = self.language_model.lm_head(hidden[trained])  # (n, V)
-        return logits, F.cross_entropy(logits.float(), targets[trained])
+        if not self.rows_count_equally:
+            return logits, F.cross_entropy(logits.float(), targets[trained])
+        losses = F.cross_entropy(logits.float(), targets[trained], reduction="none")  # (n,)
+        num_labels = trained.sum(dim=1, keepdim=True).expand_as(trained)[trained]  # (n,): in the row of each
+        return logits, (losses / num_labels).sum() / len(labels)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """

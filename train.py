@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from checkpoint import Checkpoint, fingerprint, open_checkpoint
+from checkpoint import Checkpoint, fingerprint, open_checkpoint, record_action_tokens
 from configurator import configure, fail
 from data import Mixture, Positions, check_cameras, make_loader, name_of_mixture, needs_folder, open_mixture
 from distributed import (
@@ -41,7 +41,9 @@ from distributed import (
     total,
     world_size,
 )
+from fast import FAST
 from files import atomic_write, write_json
+from fit_fast import choose_action_tokenizer, save_action_tokenizer
 from formats.dataset import END_EFFECTOR, HOLD_OUT, RobotDataset
 from formats.faults import WARN_AT_START, find_faults, read_numbers
 from formats.workers import STOP_SIGNALS
@@ -93,6 +95,9 @@ class Config:
     base_checkpoint: str = ""  # folder in Hugging Face layout to start from
     random_model: dict = field(default_factory=dict)  # or: the config.json of a model to start from random weights
     tokenizer: str = ""  # tokenizer.model; "": that of the base checkpoint, or a stand-in for a random model
+    action_tokenizer: str = ""  # bins, fast (fitted to the data) or the folder of a FAST tokenizer; "": as the base has
+    fast_scale: float = 10.0  # of a FAST that is fitted: the larger, the more exact, and the more tokens
+    fast_vocab_size: int = 1024  # at most 2048
     train_parts: str = "full"  # full, frozen_vision, last_layer (of the language model), sandwich (vision + last layer)
     words: tuple[str, ...] = ()  # that the stand-in tokenizer knows as a whole; it spells all others
 
@@ -143,8 +148,10 @@ class Trainee:
 
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build a model whose own weights train, in float32, frozen where `train_parts` says so."""
-    check_token_model(cfg, datasets)
+    check_cameras(datasets, num_images=1)
     model, tokenizer, processor = load_or_create(cfg)
+    tokenizer.fast = choose_tokens(cfg, datasets, tokenizer)
+    model.rows_count_equally = tokenizer.fast is not None
     freeze(model.float(), cfg.train_parts)
     return Trainee(model, model, tokenizer, processor, export_model)
 
@@ -161,6 +168,7 @@ def load_or_create(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor]:
         tokenizer = checkpoint.tokenizer
         if cfg.tokenizer:
             tokenizer = Tokenizer(cfg.tokenizer, prompt_for(checkpoint.config.extra))
+            tokenizer.fast = checkpoint.fast
         model = checkpoint.skeleton.load_weights(checkpoint.weight_map, checkpoint.stored_dtype)
         return model, tokenizer, checkpoint.processor
 
@@ -212,13 +220,10 @@ def freeze(model: OpenVLA, parts: str):
         module.requires_grad_(True)
 
 
-def check_token_model(cfg: Config, datasets: list[RobotDataset]):
-    """Raise ValueError for what only an OFT can learn."""
-    check_cameras(datasets, num_images=1)
-    if cfg.action_chunk != 1:
-        raise ValueError(
-            f"--action_chunk {cfg.action_chunk}: this model answers with one action; finetune_oft.py trains for more"
-        )
+def choose_tokens(cfg: Config, datasets: list[RobotDataset], of_base: Tokenizer) -> FAST | None:
+    """Return the FAST tokenizer that actions become tokens with, or None: bins."""
+    run = run_folder(cfg)
+    return choose_action_tokenizer(cfg, run, datasets, of_base.fast, checkpoint_to_resume(run, cfg.resume))
 
 
 # -----------------------------------------------------------------------------
@@ -371,7 +376,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
             loss, predicted = model.loss(batch)
             (loss / accumulate).backward()
             step_loss += loss.detach() / accumulate
-            window.add(batch, count_errors(predicted, batch, len(datasets)))
+            window.add(batch, count_errors(predicted, batch, len(datasets), trainee.tokenizer.fast))
         step_loss = total(step_loss) / world
         check_finite(step_loss, step, cfg)
         window.losses.append(step_loss.item())
@@ -442,7 +447,7 @@ def validate(trainee: Trainee, val_data: list, cfg: Config, device: str) -> dict
         batch = prepare_batch(batch, trainee, device)
         loss, predicted = trainee.model.loss(batch)
         window.losses.append((total(loss) / world_size()).item())
-        window.add(batch, count_errors(predicted, batch, len(val_data)))
+        window.add(batch, count_errors(predicted, batch, len(val_data), trainee.tokenizer.fast))
     trainee.model.train()
 
     metrics = window.close(trainee.vla, [dataset.name for dataset, _ in val_data])
@@ -658,7 +663,8 @@ def export_model(run: Path, trainee: Trainee, statistics: dict, cfg: Config):
     if is_main_process():
         config = trainee.vla.cfg
         with torch.device("meta"):
-            whole = OpenVLA(replace(config, extra={**config.extra, "norm_stats": statistics}))
+            about = record_action_tokens(config.extra, trainee.tokenizer.fast)
+            whole = OpenVLA(replace(config, extra={**about, "norm_stats": statistics}))
         whole.load_state_dict(weights, assign=True)
         whole.unused = trainee.vla.unused
 
@@ -675,6 +681,7 @@ def write_preparation(folder: Path, tokenizer: Tokenizer, processor: ImageProces
     for name, content in tokenizer.files().items():
         with atomic_write(folder / name) as temporary:
             temporary.write_bytes(content)
+    save_action_tokenizer(tokenizer.fast, folder)
     token_ids = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
     write_json(folder / "generation_config.json", token_ids)
     write_json(folder / "preprocessor_config.json", processor.to_dict())
