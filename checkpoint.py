@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fast import FAST, FAST_FOLDER, MAX_VOCAB
+from fast import ACTION_TOKENIZER, FAST, FAST_FOLDER, MAX_VOCAB
 from files import read_json, read_json_object, refuse_special, write_json
 from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
@@ -38,7 +38,6 @@ OFFICIAL_ADAPTER = "lora_adapter"  # the folder in a run of the official OFT scr
 OFT_RECORD = "oft_config.json"
 EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
-ACTION_TOKENIZER = "action_tokenizer"  # in config.json: "fast" if the folder fast/ has to be there; without it "bins"
 COMPONENT_ENDING = "checkpoint.pt"  # of the parts that OFT adds: NAME--latest_checkpoint.pt, NAME--150000_checkpoint.pt
 
 # How safetensors files call the dtypes that weights may have. (Those of our quantized folders are integers besides.)
@@ -166,12 +165,6 @@ class Checkpoint:
             raise ValueError(
                 f"{self.folder} is quantized, for inference only; take the checkpoint that it was made from"
             )
-
-
-def record_action_tokens(hf: dict, fast: FAST | None) -> dict:
-    """Return the content of config.json with what it says about action tokens. fast: None: bins; it says nothing."""
-    others = {key: value for key, value in hf.items() if key != ACTION_TOKENIZER}
-    return {**others, ACTION_TOKENIZER: "fast"} if fast else others
 
 
 # -----------------------------------------------------------------------------

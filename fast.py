@@ -41,6 +41,7 @@ from progress import no_progress
 from tokenizer import EOS, VOCAB_SIZE
 
 FAST_FOLDER = "fast"  # in a checkpoint folder or a run folder: the tokenizer that it was trained with
+ACTION_TOKENIZER = "action_tokenizer"  # in config.json: "fast" if the folder fast/ has to be there; without it "bins"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PROCESSOR = "processor_config.json"  # written last: a folder that has it is whole
@@ -399,7 +400,7 @@ class FAST:
         min_token = about.get("min_token")
         horizon = about.get("time_horizon")
         action_dim = about.get("action_dim")
-        is_scale = type(scale) in (int, float) and 0 < scale < np.inf
+        is_scale = type(scale) in (int, float) and 0 < scale < 10**6
         is_shape = all(n is None or (type(n) is int and 0 < n < 10**4) for n in (horizon, action_dim))
         if not is_scale or type(min_token) is not int or abs(min_token) > 10**6 or not is_shape:
             raise ValueError(
@@ -437,6 +438,12 @@ def remove_pretrained(folder: str | Path):
         (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def record_action_tokens(hf: dict, fast: FAST | None) -> dict:
+    """Return the content of config.json with what it says about action tokens. fast: None: bins; it says nothing."""
+    others = {key: value for key, value in hf.items() if key != ACTION_TOKENIZER}
+    return {**others, ACTION_TOKENIZER: "fast"} if fast else others
 
 
 def parse_tokenizer(content: dict) -> tuple[list[str], list[Pair], bool]:

@@ -60,9 +60,8 @@ from checkpoint import (
     open_checkpoint,
     read_adapter_config,
     read_layout,
-    record_action_tokens,
 )
-from fast import FAST_FOLDER
+from fast import FAST_FOLDER, record_action_tokens
 from files import atomic_write, read_json, write_json
 from model import OpenVLA
 from progress import no_progress

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from checkpoint import Checkpoint, fingerprint, open_checkpoint, record_action_tokens
+from checkpoint import Checkpoint, fingerprint, open_checkpoint
 from configurator import configure, fail
 from data import Mixture, Positions, check_cameras, make_loader, name_of_mixture, needs_folder, open_mixture
 from distributed import (
@@ -41,7 +41,7 @@ from distributed import (
     total,
     world_size,
 )
-from fast import FAST
+from fast import FAST, record_action_tokens
 from files import atomic_write, write_json
 from fit_fast import choose_action_tokenizer, save_action_tokenizer
 from formats.dataset import END_EFFECTOR, HOLD_OUT, RobotDataset

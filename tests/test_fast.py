@@ -1,6 +1,7 @@
 """FAST against the official class: ids, decoded chunks, fitted tokens; and generation that cannot derail."""
 
 import json
+import random
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from common import GOLDENS, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import usual_mutations
 from safetensors.numpy import load_file
 
 from fast import FAST, MAX_CODES, ChunkDecoder, count_coefficients, dct_matrix
@@ -227,6 +229,28 @@ def test_broken_folders_are_refused_with_the_name_of_the_file(file, change, mess
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         FAST.from_pretrained(folder)
     assert str(folder / file) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer.json", "small tokenizer.json"])
+def test_a_broken_file_is_refused_or_does_no_harm(file, tmp_path):
+    """Bytes cut, flipped and replaced, JSON values replaced by others: one error that names the file, or a chunk."""
+    folder = shutil.copytree(GOLDENS / "fast", tmp_path / "fast")
+    if file.startswith("small"):  # of which most mutations hit something that matters
+        FAST(["a", "1", "a1"], [(0, 1)], 1, 0, 1, 2).save_pretrained(folder)
+    path = folder / file.split()[-1]
+    refused = 0
+    for how, content in usual_mutations(path.name, path.read_bytes(), random.Random(0)).items():
+        path.write_bytes(content)
+        try:
+            fast = FAST.from_pretrained(folder)
+        except (ValueError, OSError) as error:
+            assert str(path) in str(error), how
+            refused += 1
+            continue
+        shape = (fast.time_horizon or 8, fast.action_dim or 7)
+        if shape[0] * shape[1] < 10**4:
+            assert np.isfinite(fast.decode(fast.encode(np.zeros(shape)), *shape)).all(), how
+    assert refused > 5
 
 
 def test_older_files_have_merges_as_texts(fast, tmp_path):

@@ -223,9 +223,22 @@ def test_a_folder_alone_says_what_it_is(base, lora_run):
     for folder in (base, lora_run):
         policy = acting.load_policy(folder)
         assert policy.gives_chunks and policy.action_chunk == K and policy.num_images == 1 and not policy.is_oft
-        assert ask(policy).shape == (3, K, 7)
+        chunks = ask(policy)
+        assert chunks.shape == (3, K, 7)
         with pytest.raises(ValueError, match="a FAST policy, which answers with chunks: use predict_chunk"):
             acting.predict_action(policy, [IMAGES[0]], "go")
+
+
+def test_no_action_is_beyond_those_of_training(policy):
+    """An untrained model generates wild coefficients; the robot gets the ends of the range."""
+    wild = 0
+    for seed in range(5):
+        decoder = ChunkDecoder(policy.fast, 4, temperature=5.0, generator=torch.Generator().manual_seed(seed))
+        inputs = acting.prepare_inputs(policy, [IMAGES[0]] * 4, [WORDS[0]] * 4, None)
+        policy.model.generate_with(decoder, *inputs[:2], policy.fast.max_tokens(K, 7), inputs[2])
+        wild = max(wild, np.abs(decoder.chunks()).max())
+    assert wild > 1.2
+    assert np.abs(acting.predict_normalized_chunk(policy, IMAGES, WORDS)).max() <= 1
 
 
 def test_merged_is_unmerged(lora_run, tmp_path):
