@@ -132,16 +132,14 @@ def count_coefficients(piece: bytes) -> tuple[int, int, int] | None:
     Return for the bytes of a token: 1 if they begin in the middle of a coefficient, else 0; how many coefficients
     begin in them; 1 if they end in the middle of one, else 0. None: no chunk can have such a token.
     """
-    is_second_byte = piece[:1] >= b"\x80" and piece[:1] < b"\xc0"
-    head = 1 if is_second_byte else 0
-    ends_open = piece[head:] != b"" and piece[-1] >= 0xC0
-    tail = 1 if ends_open else 0
+    head = 1 if b"\x80" <= piece[:1] <= b"\xbf" else 0  # the second byte of a character
+    rest = piece[head:]
+    tail = 1 if b"\xc2" <= rest[-1:] <= b"\xdf" else 0  # the first one of two
     try:
-        whole = piece[head : len(piece) - tail].decode()
+        whole = rest[: len(rest) - tail].decode()
     except UnicodeDecodeError:
         return None
-    is_known = piece != b"" and all(ord(character) < MAX_CODES for character in whole)
-    if not is_known or (ends_open and not 0xC2 <= piece[-1] <= 0xDF):
+    if piece == b"" or any(ord(character) >= MAX_CODES for character in whole):
         return None
     return head, len(whole) + tail, tail
 
@@ -188,7 +186,7 @@ class FAST:
         self.byte_ids = {byte: ids[symbol] for byte, symbol in enumerate(BYTE_SYMBOLS) if symbol in ids}
         self.ranks = {}  # pair of ids -> its place among the merges, and what it becomes
         for rank, (first, second) in enumerate(merges):
-            self.ranks.setdefault((first, second), (rank, ids[symbols[first] + symbols[second]]))
+            self.ranks[first, second] = (rank, ids[symbols[first] + symbols[second]])
         self.nearest = self.nearest_codes()
         self.check_tokens()
 

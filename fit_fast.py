@@ -125,8 +125,8 @@ def normalized_chunks(dataset: RobotDataset, action_chunk: int, hold_out: float,
     actions, episodes = dataset.select("train", 1, hold_out).all_actions()
     if episodes is None:
         episodes = np.arange(len(actions))  # each frame stands alone
-    last = action_chunk - 1
-    is_start = episodes[: len(actions) - last] == episodes[last:]  # the last action is of the same episode
+    num_windows = max(len(actions) - action_chunk + 1, 0)
+    is_start = episodes[:num_windows] == episodes[len(episodes) - num_windows :]  # first and last action in one episode
     starts = np.flatnonzero(is_start)
     if len(starts) > most:
         starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]

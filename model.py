@@ -610,8 +610,9 @@ class OpenVLA(nn.Module):
         self.language_model = Llama(cfg.text)
         # Tensors of the checkpoint that no forward pass reads. They are kept, and written again as they came.
         self.unused: dict[str, Tensor] = {}
-        # How labels are averaged to a loss: False: each counts the same, as officially. True: each row does, however
-        # many labels it has. So batches may be divided in any way where the rows have different numbers, as of FAST.
+        # How labels are averaged to a loss. False: each counts the same, as officially. True: each row does, however
+        # many labels it has; so a batch of FAST rows, which have different numbers, may be divided in any way. (Also
+        # as in pi0_fast.py of github.com/Physical-Intelligence/openpi.)
         self.rows_count_equally = False
 
     def init_weights(self, seed: int = 0) -> "OpenVLA":
