@@ -52,16 +52,7 @@ from policy import (
     uses_center_crop,
 )
 from progress import no_progress, show_progress
-from tokenizer import (
-    BLANK,
-    IGNORE_INDEX,
-    PAD,
-    PROMPT,
-    PROMPT_VICUNA,
-    decode_action,
-    encode_action,
-    pad_sequences,
-)
+from tokenizer import BLANK, PAD, PROMPT, PROMPT_VICUNA, decode_action, encode_action, pad_sequences
 
 
 @dataclass
@@ -243,8 +234,10 @@ def predict_as_in_training(policy: Policy, frames: Frames, batch_size: int) -> n
 
 def prompt_as_in_training(policy: Policy, instruction: str, A: int) -> list[int]:
     """Return the ids that stand before the action in a training sample."""
-    input_ids, labels = policy.tokenizer.encode_example(instruction, np.zeros((policy.action_chunk, A)))
-    return input_ids[labels == IGNORE_INDEX].tolist()  # without the action and </s>
+    actions = np.zeros((policy.action_chunk, A))
+    num_tokens = len(policy.fast.encode(actions)) if policy.fast else A
+    input_ids, _ = policy.tokenizer.encode_example(instruction, actions)
+    return input_ids[: -num_tokens - 1].tolist()  # without the action and </s>
 
 
 def l1_error(tokens: np.ndarray, targets: np.ndarray) -> float:

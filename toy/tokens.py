@@ -218,9 +218,9 @@ def draw_chunk(path: Path, fast: FAST, chunk: np.ndarray):
     middle.imshow(coefficients, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     right.imshow(token_of % 10, cmap="tab10", vmin=0, vmax=9, aspect="auto")
     for axis in (middle, right):
-        for row in range(K):
-            for column in range(A):
-                axis.text(column, row, coefficients[row, column], ha="center", va="center", fontsize=7)
+        for (row, column), number in np.ndenumerate(coefficients):
+            is_dark = axis is middle and abs(number) > most / 2
+            axis.text(column, row, number, ha="center", va="center", color="white" if is_dark else "black", fontsize=7)
         axis.set(xlabel="dimension", ylabel="frequency", xticks=range(A), yticks=range(K))
     middle.set_title("cosine transform, rounded")
     right.set_title(f"{len(ids)} tokens, one colour each, row by row")
