@@ -289,7 +289,7 @@ def test_whatever_the_logits_say_a_chunk_comes_out(fast, wide, seed, batch_size,
     chosen = []
     while not decoder.is_done:
         chosen.append(decoder.choose(fake_logits(batch_size, fast, gain, end, generator)))
-    assert len(chosen) <= fast.max_tokens(8, 7)
+        assert len(chosen) <= fast.max_tokens(8, 7)
 
     chunks = decoder.chunks()  # `decode` raises for any other number of coefficients, or half a one
     assert chunks.shape == (batch_size, 8, 7)

@@ -181,11 +181,12 @@ def test_accumulation_changes_nothing(world, base, tmp_path):
 
 
 def test_two_processes_are_one(world, base, tmp_path):
-    """Each has half of a batch; one of them fits, and both have the same tokens."""
+    """Each has half of a batch, from a worker of its own; one of them fits, and all have the same tokens."""
     _, options, _ = world
     train_lora(options, base, tmp_path / "one")
     words = [f"--base_checkpoint={base}", f"--run_dir={tmp_path / 'two'}", "--lora_rank=4", "--micro_batch_size=2"]
-    words += [f"--{key}={value}" for key, value in options.items() if key != "micro_batch_size"]
+    words += [f"--{key}={value}" for key, value in options.items() if key not in ("micro_batch_size", "num_workers")]
+    words.append("--num_workers=1")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, "finetune_lora.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
