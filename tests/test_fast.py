@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mutations import usual_mutations
 from safetensors.numpy import load_file
 
-from fast import FAST, MAX_CODES, ChunkDecoder, count_coefficients, dct_matrix
+from fast import FAST, MAX_CODES, ChunkDecoder, count_coefficients, dct_matrix, split_pattern
 from tokenizer import EOS, VOCAB_SIZE
 
 SETS = ["fast", "libero-8x7", "aloha-25x14"]  # the first one is in tests/goldens, the others are in ../shared
@@ -98,6 +98,13 @@ def test_the_same_chunks_give_the_tokenizer_that_the_official_class_fits(name, t
         assert json.loads((tmp_path / file).read_text()) == json.loads((folder / file).read_text()), file
 
 
+def test_texts_are_split_into_words_as_by_the_tokenizers_library():
+    """Also with letters, numbers and white space beyond ASCII, which wide ranges of coefficients have."""
+    for case in json.loads((GOLDENS / "fast" / "words.json").read_text()):
+        text = "".join(map(chr, case["codes"]))
+        assert [len(word) for word in split_pattern().findall(text)] == case["lengths"], text
+
+
 # -----------------------------------------------------------------------------
 # There and back
 
@@ -155,6 +162,12 @@ def test_coefficients_without_a_symbol_become_the_nearest(fast):
     holed = FAST(symbols, merges, fast.scale, fast.min_token, 8, 7)
     code = ord("5")
     assert holed.nearest[code - 2 : code + 3].tolist() == [code - 2, code - 1, code - 1, code + 1, code + 2]
+
+    codes = np.full((8, 7), code)
+    chunk = dct_matrix(8).T @ ((codes + holed.min_token) / holed.scale)
+    decoded = dct_matrix(8) @ holed.decode(holed.encode(chunk)) * holed.scale - holed.min_token
+    np.testing.assert_allclose(decoded, codes - 1)
+    assert holed.num_clamped == 56
 
 
 def test_merges_cross_a_border_of_words_only_where_the_file_says_so(tmp_path):
