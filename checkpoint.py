@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fast import ACTION_TOKENIZER, FAST, FAST_FOLDER, MAX_VOCAB
 from files import read_json, read_json_object, refuse_special, write_json
 from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
@@ -90,10 +91,42 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer with the prompt of this model. Raises FileNotFoundError or ValueError."""
+        """The tokenizer with prompt and action tokens of this model. Raises FileNotFoundError or ValueError."""
         path = self.folder_with("tokenizer.model") / "tokenizer.model"
         remedy = "copy it from openvla-7b or Llama-2, it is the same for all (tokenizer.json is not read)"
-        return Tokenizer(require_file(path, remedy), prompt_for(self.config.extra))
+        tokenizer = Tokenizer(require_file(path, remedy), prompt_for(self.config.extra))
+        tokenizer.fast = self.fast
+        return tokenizer
+
+    @cached_property
+    def fast(self) -> FAST | None:
+        """
+        The FAST tokenizer of a model that generates chunks of actions; None for bins, and for an OFT policy. A LoRA run
+        says it by its own folder fast/, a model also by its config.json, so that a copy without that folder is noticed.
+        Raises FileNotFoundError or ValueError.
+        """
+        if self.is_oft:
+            return None
+        folder = self.folder / FAST_FOLDER
+        if self.base is None:
+            recorded = self.config.extra.get(ACTION_TOKENIZER, "bins")
+            if recorded not in ("bins", "fast"):
+                raise ValueError(f"{self.folder}: config.json has {ACTION_TOKENIZER} {recorded!r}; it is bins or fast")
+            if is_there(folder) != (recorded == "fast"):
+                raise ValueError(
+                    f"{self.folder}: config.json says that actions are {recorded} tokens, and {FAST_FOLDER}/ is "
+                    f"{'there' if is_there(folder) else 'missing'}; copy the whole folder again"
+                )
+        if not is_there(folder):
+            return None
+
+        fast = FAST.from_pretrained(folder)
+        if not fast.time_horizon or not fast.action_dim or fast.vocab_size > MAX_VOCAB:
+            raise ValueError(
+                f"{folder}: chunks of {fast.time_horizon} x {fast.action_dim} actions and {fast.vocab_size} tokens; a "
+                f"policy has two sizes, and at most {MAX_VOCAB} tokens; copy the folder again from the run"
+            )
+        return fast
 
     @cached_property
     def processor(self) -> ImageProcessor:
@@ -124,6 +157,7 @@ class Checkpoint:
             _ = self.tokenizer  # reads it, or raises
         if has_processor:
             _ = self.processor
+        _ = self.fast
 
     def refuse_quantized(self):
         """Raise ValueError for a quantized folder: training, merging, adapters and OFT need the weights themselves."""
@@ -598,7 +632,7 @@ def export_files(run: Path) -> list[Path]:
     """Return the files of an export that belong together."""
     names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, OFT_RECORD, STATISTICS)
     present = [run / name for name in names if (run / name).is_file()]
-    return present + component_files(run)
+    return present + component_files(run) + sorted((run / FAST_FOLDER).glob("*.json"))
 
 
 def check_export(folder: Path):

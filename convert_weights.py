@@ -52,6 +52,7 @@ from checkpoint import (
     weight_files,
 )
 from configurator import fail
+from fast import FAST_FOLDER
 from files import atomic_write, read_json, write_json
 from formats.prismatic_run import (
     BASE_VLM_KEYS,
@@ -306,6 +307,8 @@ def hf_to_prismatic(folder: str | Path, out: str | Path, progress: Callable = no
     tensors = open_safetensors(files)
     for problem in official_limits(tensors, checkpoint.config):
         print(f"note: the official code will not load it, {problem}")
+    if checkpoint.fast:
+        print(f"note: {FAST_NOTE}; its tokenizer stays in {folder / FAST_FOLDER}")
     check_target(out, sum(tensor.nbytes for tensor in tensors.values()))
 
     # The weights.
@@ -392,6 +395,8 @@ def quantize_folder(
         is_of_weights = path.name in (INDEX, "config.json")
         if path.is_file() and path.suffix in (".json", ".model") and not is_of_weights:
             shutil.copyfile(path, temporary / path.name)
+    if checkpoint.fast:
+        checkpoint.fast.save_pretrained(temporary / FAST_FOLDER)
     config = read_json(folder / "config.json")
     write_json(temporary / "config.json", {**config, "quantization": {"bits": bits, "group": group}})
     temporary.rename(out)
@@ -458,6 +463,7 @@ def quantized_shards(checkpoint: Checkpoint, bits: int, group: int, progress: Ca
 # -----------------------------------------------------------------------------
 # check: what is in this folder, and who can load it?
 
+FAST_NOTE = "it generates FAST tokens, which the official code would read as bins"
 ADAPTER = "a LoRA adapter"
 RUN = "a training run (Prismatic)"
 MODEL = "a model in Hugging Face layout"
@@ -551,6 +557,7 @@ def describe_model(folder: Path) -> Description:
     lines = [
         *describe_tensors(tensors),
         *describe_oft(checkpoint),
+        *describe_fast(checkpoint),
         *describe_actions(checkpoint.norm_stats),
         f"images: {strategy}; prompt: {prompt_for(config.extra)!r}",
         "complete: every tensor is as config.json says, tokenizer and image processor are here",
@@ -559,6 +566,8 @@ def describe_model(folder: Path) -> Description:
     problems = [f"config.json has no {key}" for key in BASE_VLM_KEYS if key not in config.extra]
     problems += [f"{name} is missing" for name in tokenizer_files if not (folder / name).exists()]
     problems += official_limits(tensors, config)
+    if checkpoint.fast:
+        problems.append(FAST_NOTE)
     return Description(lines, problems)
 
 
@@ -599,9 +608,12 @@ def describe_adapter(folder: Path) -> Description:
 
     checkpoint = open_checkpoint(folder)
     lines += describe_oft(checkpoint)
+    lines += describe_fast(checkpoint)
     lines += describe_actions(checkpoint.norm_stats)
     lines.append(f"loads in this code: yes, with {checkpoint.base}, or after `merge-lora`")
     problems = [] if adapter == folder else ["it wants the adapter merged (`merge-lora`)"]
+    if checkpoint.fast:
+        problems.append(FAST_NOTE)
     return Description(lines, problems)
 
 
@@ -611,6 +623,14 @@ def describe_oft(checkpoint: Checkpoint) -> list[str]:
         return []
     check_components(checkpoint)
     return [f"an OFT policy: {read_record(checkpoint.folder)}"]
+
+
+def describe_fast(checkpoint: Checkpoint) -> list[str]:
+    """Return a line on the FAST tokens of a folder that has them. Raises ValueError or OSError if they are broken."""
+    fast = checkpoint.fast
+    if not fast:
+        return []
+    return [f"FAST tokens: chunks of {fast.time_horizon} x {fast.action_dim} numbers, vocabulary of {fast.vocab_size}"]
 
 
 def describe_tensors(tensors: dict[str, Tensor]) -> list[str]:

@@ -48,7 +48,7 @@ class Config:
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says, else yes
     device: str = "auto"
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 on cuda, else as the weights are stored
-    open_loop: int = 0  # actions of an OFT chunk that are carried out before the next question; 0: all
+    open_loop: int = 0  # actions of a chunk (OFT, FAST) that are carried out before the next question; 0: all
     replay: str = ""  # for --policy replay: an episode's .npz, or a run's folder
     perturbations: float = 0.0  # share of the expert's steps that go astray: so demonstrations show how to recover
     seed: int = 7  # of the random policy and the perturbations; nothing else is drawn
@@ -102,6 +102,9 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
     }
     if policy.is_oft:
         facts["oft"] = asdict(policy.model.oft)
+    if policy.fast:
+        facts["fast"] = policy.fast.facts()
+    if policy.gives_chunks:
         facts["open_loop"] = cfg.open_loop
     return policy, facts
 

@@ -21,12 +21,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import train
 from checkpoint import complete_export
 from configurator import configure, fail
+from data import check_cameras
 from distributed import barrier, exit_cleanly, fill, is_main_process
 from formats.dataset import RobotDataset
 from lora import PARTS, add_lora, random_adapters, save_adapter
 from model import OpenVLA
 from speed.nf4 import quantize_linears
-from train import Trainee, check_token_model, fill_base, open_base, write_preparation
+from train import Trainee, choose_tokens, fill_base, open_base, write_preparation
 
 WHAT_TO_GIVE = (
     "give a config file and what it needs, for example\n"
@@ -57,8 +58,10 @@ class Config(train.Config):
 
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build the base checkpoint with adapters, which alone train."""
-    check_token_model(cfg, datasets)
+    check_cameras(datasets, num_images=1)
     model, tokenizer, processor, files = build_adapted(cfg)
+    tokenizer.fast = choose_tokens(cfg, datasets, tokenizer)
+    model.rows_count_equally = tokenizer.fast is not None
     return Trainee(model, model, tokenizer, processor, files, fill_adapted, export_adapter, exports_whole_model=False)
 
 

@@ -62,6 +62,7 @@ def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     check(cfg)
     oft_cfg = common_config(cfg, datasets)
     vla, tokenizer, processor, files = build_adapted(cfg)
+    tokenizer.fast = None  # placeholders stand for numbers, whatever tokens the base has
     if cfg.head != "discrete":
         vla.language_model.lm_head.requires_grad_(False)  # nothing reads it: no gradient, no optimizer state
     with torch.device("meta"):
@@ -131,6 +132,8 @@ def check(cfg: Config):
     finetune_lora.check(cfg)
     if cfg.head not in HEADS:
         raise ValueError(f"--head {cfg.head!r}: must be one of {', '.join(HEADS)}")
+    if cfg.action_tokenizer not in ("", "bins"):
+        raise ValueError("--action_tokenizer is for models that generate tokens: train.py and finetune_lora.py")
     if cfg.action_chunk < 1:
         raise ValueError(f"--action_chunk {cfg.action_chunk}: must be 1 or more")
 

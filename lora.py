@@ -61,6 +61,7 @@ from checkpoint import (
     read_adapter_config,
     read_layout,
 )
+from fast import FAST_FOLDER, record_action_tokens
 from files import atomic_write, read_json, write_json
 from model import OpenVLA
 from progress import no_progress
@@ -404,9 +405,12 @@ def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
         with atomic_write(unfinished / file.name) as temporary:
             merge_weight_file(file, temporary, adapters, scaling)
     copy_other_files(checkpoint.base, run, unfinished, skip={file.name for file in weight_files})
+    if checkpoint.fast:
+        checkpoint.fast.save_pretrained(unfinished / FAST_FOLDER)
 
     hf = read_json(checkpoint.base / "config.json")
-    write_json(unfinished / "config.json", {**hf, "norm_stats": checkpoint.norm_stats})
+    about = record_action_tokens(hf, checkpoint.fast)
+    write_json(unfinished / "config.json", {**about, "norm_stats": checkpoint.norm_stats})
     unfinished.rename(out)
 
 

@@ -4,13 +4,14 @@ What a run reports: loss, action accuracy and L1 error as the official code coun
 They are written to metrics.jsonl, to the terminal, to a picture, and to W&B or TensorBoard when asked.
 
 Accuracy is the share of right ids among action tokens. L1 is |predicted - true| of the decoded values, in normalised
-units (vla-scripts/finetune.py of github.com/openvla/openvla).
+units (vla-scripts/finetune.py of github.com/openvla/openvla). FAST tokens decode only as a whole row: they have no L1.
 
 Axes: B batch, K actions of a chunk, A action dimensions, n trained positions.
 """
 
 import importlib
 import json
+import math
 import secrets
 import sys
 import time
@@ -23,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 from distributed import is_main_process, total, world_size
+from fast import FAST
 from files import atomic_write, expect_object, parse_json, read_text
 from model import OpenVLA
-from tokenizer import decode_action, encode_action, is_action_id
+from tokenizer import EOS, decode_action, encode_action, is_action_id
 
 MOST_BYTES = 10**9  # of metrics.jsonl
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
@@ -35,10 +37,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 # Errors of predicted actions, as sums: (num_datasets, 3) float64 of action values, right ones, |error|
 
 
-def count_errors(predicted: torch.Tensor | None, batch: dict, num_datasets: int) -> torch.Tensor:
+def count_errors(
+    predicted: torch.Tensor | None, batch: dict, num_datasets: int, fast: FAST | None = None
+) -> torch.Tensor:
     """
     Compare what a model predicted (as its `loss` returns it) with a batch: ids (n,) of a token model, actions
-    (B, K, A) of an OFT. None, of diffusion, which predicts noise, counts as actions that are 0.
+    (B, K, A) of an OFT. None, of diffusion, which predicts noise, counts as actions that are 0. fast: of a model whose
+    tokens are FAST's: one of them is no number of an action, so there is no error but NaN.
     """
     if predicted is None:
         predicted = torch.zeros_like(batch["actions"])
@@ -48,15 +53,18 @@ def count_errors(predicted: torch.Tensor | None, batch: dict, num_datasets: int)
     targets = batch["labels"][:, 1:]  # (B, T - 1)
     trained = targets >= 0
     dataset = batch["dataset"][:, None].expand_as(trained)
-    return count_tokens(predicted, targets[trained], dataset[trained], num_datasets)
+    return count_tokens(predicted, targets[trained], dataset[trained], num_datasets, fast)
 
 
-def count_tokens(predicted, targets, dataset, num_datasets: int) -> torch.Tensor:
+def count_tokens(predicted, targets, dataset, num_datasets: int, fast: FAST | None = None) -> torch.Tensor:
     """Count predicted ids (n,) against the true ones, per dataset (n,). Ids that are no action (</s>) are left out."""
-    is_action = is_action_id(targets)
+    is_action = targets != EOS if fast else is_action_id(targets)
     predicted = predicted[is_action]
     targets = targets[is_action]
-    error = (decode_action(predicted) - decode_action(targets)).abs()
+    if fast:
+        error = torch.full_like(targets, torch.nan, dtype=torch.float64)
+    else:
+        error = (decode_action(predicted) - decode_action(targets)).abs()
     right = (predicted == targets).double()
     sums = torch.stack([torch.ones_like(error), right, error], dim=1)  # (action tokens, 3)
     return sum_by_dataset(sums, dataset[is_action], num_datasets)
@@ -184,12 +192,15 @@ class Window:
         metrics = {
             "loss": torch.tensor(self.losses, dtype=torch.float32).mean().item(),
             "action_accuracy": right / num_values,
-            "l1_loss": error / num_values,
         }
+        has_error = not math.isnan(error)
+        if has_error:
+            metrics["l1_loss"] = error / num_values
         if len(names) > 1:
             for name, (num_values, right, error) in zip(names, counts.tolist(), strict=True):
                 if num_values:
                     metrics[f"action_accuracy/{name}"] = right / num_values
+                if num_values and has_error:
                     metrics[f"l1_loss/{name}"] = error / num_values
 
         length = model.cfg.num_patches + self.tokens // max(self.samples, 1)  # tokens of a sample
@@ -308,7 +319,10 @@ def format_line(metrics: dict) -> str:
         f"step {metrics['step']:6d}",
         f"loss {metrics['loss']:7.4f}",
         f"acc {metrics['action_accuracy']:.3f}",
-        f"l1 {metrics['l1_loss']:.4f}",
+    ]
+    if "l1_loss" in metrics:
+        parts.append(f"l1 {metrics['l1_loss']:.4f}")
+    parts += [
         f"lr {metrics['lr']:.1e}",
         f"{metrics['s_per_step']:.2f} s/step",
         f"{metrics['samples_per_s']:.0f} samples/s",
@@ -373,8 +387,9 @@ def plot_curves(run: Path):
     lines = [metrics for metrics in lines if "loss" in metrics]
     steps = [metrics["step"] for metrics in lines]
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
-    for axis, key in zip(axes, ("loss", "action_accuracy", "l1_loss"), strict=True):
+    keys = [key for key in ("loss", "action_accuracy", "l1_loss") if all(key in metrics for metrics in lines)]
+    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3.2))
+    for axis, key in zip(axes, keys, strict=True):
         axis.plot(steps, [metrics[key] for metrics in lines])
         axis.set(xlabel="step", title=key)
         axis.grid(alpha=0.3)

@@ -610,6 +610,10 @@ class OpenVLA(nn.Module):
         self.language_model = Llama(cfg.text)
         # Tensors of the checkpoint that no forward pass reads. They are kept, and written again as they came.
         self.unused: dict[str, Tensor] = {}
+        # How labels are averaged to a loss. False: each counts the same, as officially. True: each row does, however
+        # many labels it has; so a batch of FAST rows, which have different numbers, may be divided in any way. (Also
+        # as in pi0_fast.py of github.com/Physical-Intelligence/openpi.)
+        self.rows_count_equally = False
 
     def init_weights(self, seed: int = 0) -> "OpenVLA":
         """
@@ -660,7 +664,11 @@ class OpenVLA(nn.Module):
         hidden = hidden[:, -T:-1]  # (B, T - 1, D)
         trained = targets >= 0
         logits = self.language_model.lm_head(hidden[trained])  # (n, V)
-        return logits, F.cross_entropy(logits.float(), targets[trained])
+        if not self.rows_count_equally:
+            return logits, F.cross_entropy(logits.float(), targets[trained])
+        losses = F.cross_entropy(logits.float(), targets[trained], reduction="none")  # (n,)
+        num_labels = trained.sum(dim=1, keepdim=True).expand_as(trained)[trained]  # (n,): in the row of each
+        return logits, (losses / num_labels).sum() / len(labels)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """
@@ -680,6 +688,23 @@ class OpenVLA(nn.Module):
 
         input_ids: (B, T), padded on the right. lengths: (B,) numbers of real tokens; None: all T.
         Raises ValueError if the context is too short.
+        """
+        decoder = GreedyDecoder()
+        tokens = self.generate_with(decoder, input_ids, pixel_values, max_new_tokens, lengths)
+        return tokens, torch.stack(decoder.logits, dim=1)
+
+    @torch.inference_mode()
+    def generate_with(
+        self,
+        decoder,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        max_new_tokens: int,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Generate the tokens that a decoder chooses, until it is done. Returns them, (B, n) int64. decoder: GreedyDecoder
+        below, or ChunkDecoder of fast.py. The other arguments, and what it raises: as `generate`.
         """
         llama = self.language_model
         x = self.embed(input_ids, pixel_values)  # (B, S, D)
@@ -703,16 +728,17 @@ class OpenVLA(nn.Module):
         hidden = hidden[torch.arange(B, device=x.device), ends - 1, None]  # (B, 1, D)
 
         tokens = []  # n of (B, 1)
-        logits = []  # n of (B, 1, V)
         for i in range(max_new_tokens):
-            logits.append(llama.lm_head(hidden))
-            tokens.append(logits[-1].argmax(-1))
+            logits = llama.lm_head(hidden)  # (B, 1, V)
+            tokens.append(decoder.choose(logits[:, 0])[:, None])
+            if decoder.is_done:
+                break
             if i + 1 < max_new_tokens:
                 x = llama.model.embed_tokens(tokens[-1])  # (B, 1, D)
                 mask = None if lengths is None else visible[:, None, None, : S + i + 1]
                 positions = ends[:, None] + i
                 hidden = llama(x, mask, positions, cache, start=S + i)
-        return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
+        return torch.cat(tokens, dim=1)
 
     # What training asks of a model
 
@@ -824,6 +850,20 @@ class OpenVLA(nn.Module):
         config = {**self.cfg.to_dict(), "torch_dtype": str(saved_dtype).removeprefix("torch.")}
         write_json(folder / "config.json", config)
         write_json(folder / INDEX, {"metadata": {}, "weight_map": files})
+
+
+class GreedyDecoder:
+    """Chooses the most likely token at each step, and keeps the logits."""
+
+    is_done = False  # an action has a fixed number of tokens
+
+    def __init__(self):
+        self.logits = []  # n of (B, V)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Return the next tokens (B,) int64, given their logits (B, V)."""
+        self.logits.append(logits)
+        return logits.argmax(-1)
 
 
 # -----------------------------------------------------------------------------

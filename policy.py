@@ -3,7 +3,7 @@ A loaded checkpoint that acts: images and instructions in, robot actions out.
 
     policy = load_policy("openvla-7b")
     actions = predict_action(policy, images, instructions, "bridge_orig")   # (B, A): one action for each image
-    chunks = predict_chunk(policy, images, instructions, states)            # (B, K, A): of an OFT policy
+    chunks = predict_chunk(policy, images, instructions, states)            # (B, K, A): of an OFT or a FAST policy
 
     image -> prepare_image -> (224, 224, 3) uint8 -> processor.normalize -> pixel_values --.
     instruction -> tokenizer.encode_prompt -> input_ids --> model.generate -> tokens -> decode_action -> unnormalize
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from checkpoint import OFFICIAL_ADAPTER, OFT_RECORD, Checkpoint, check_export, open_checkpoint
+from fast import FAST, ChunkDecoder
 from image import JPEG, ImageProcessor, center_crop, decode, encode_jpeg, resize_lanczos3, to_rgb
 from lora import load_adapter
 from model import OpenVLA, OpenVLAConfig
@@ -45,8 +46,18 @@ class Policy:
 
     @property
     def is_oft(self) -> bool:
-        """True if it answers with chunks of actions, False if it generates the tokens of one action."""
+        """True if it answers with chunks of actions in one pass, False if it generates tokens."""
         return isinstance(self.model, OFT)
+
+    @property
+    def fast(self) -> FAST | None:
+        """How its tokens become a chunk of actions; None for an OFT, and for one whose tokens are a single action."""
+        return self.tokenizer.fast
+
+    @property
+    def gives_chunks(self) -> bool:
+        """True if its answer is a chunk of actions, also if that has only one."""
+        return self.is_oft or self.fast is not None
 
     @property
     def vla(self) -> OpenVLA:
@@ -61,6 +72,8 @@ class Policy:
     @property
     def action_chunk(self) -> int:
         """How many actions one answer has."""
+        if self.fast:
+            return self.fast.time_horizon
         return self.model.oft.action_chunk if self.is_oft else 1
 
     @property
@@ -235,8 +248,9 @@ def predict_action(
     previous: (B, A), the last answers for the same robots. They make `policy.engine` faster and decide nothing.
     Raises ValueError for bad input. Warns if the model generates a token that is no action.
     """
-    if policy.is_oft:
-        raise ValueError(f"{policy.checkpoint} is an OFT policy, which answers with chunks: use predict_chunk")
+    if policy.gives_chunks:
+        kind = "an OFT" if policy.is_oft else "a FAST"
+        raise ValueError(f"{policy.checkpoint} is {kind} policy, which answers with chunks: use predict_chunk")
     if not isinstance(images, list | tuple) and np.ndim(images) != 4:
         raise ValueError("images must be a list of images; of a single one, [image]")
     if isinstance(instructions, str):
@@ -269,19 +283,7 @@ def predict_tokens(
     draft: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the action ids (B, num_tokens) int64, on the CPU. draft: (B, num_tokens), a guess for the engine."""
-    if len(images) != len(instructions) or len(images) == 0:
-        raise ValueError(
-            f"{len(images)} images and {len(instructions)} instructions: give the same number of both, at least one"
-        )
-    pixel_values = prepare_images(policy, images, crop)
-    prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
-    input_ids, lengths = pad_sequences(prompts, PAD)  # (B, T), (B,)
-    input_ids = input_ids.to(policy.device)
-    if (lengths == lengths[0]).all():
-        lengths = None  # no padding
-    else:
-        lengths = lengths.to(policy.device)
-
+    input_ids, pixel_values, lengths = prepare_inputs(policy, images, instructions, crop)
     if policy.engine:
         tokens, _ = policy.engine.generate(input_ids, pixel_values, num_tokens, lengths, draft)
         return tokens.cpu()
@@ -291,6 +293,49 @@ def predict_tokens(
             f"{policy.checkpoint}: the answer is not finite; broken weights, or numbers beyond --dtype float16"
         )
     return tokens.cpu()
+
+
+def prepare_inputs(
+    policy: Policy, images: Sequence, instructions: list[str], crop: bool | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Return the prompts' ids (B, T), padded on the right, pixel_values (B, 3 or 6, size, size), and the prompts' lengths
+    (B,) or, if there is no padding, None: what `OpenVLA.generate` takes.
+    """
+    if len(images) != len(instructions) or len(images) == 0:
+        raise ValueError(
+            f"{len(images)} images and {len(instructions)} instructions: give the same number of both, at least one"
+        )
+    pixel_values = prepare_images(policy, images, crop)
+    prompts = [policy.tokenizer.encode_prompt(text) for text in instructions]
+    input_ids, lengths = pad_sequences(prompts, PAD)
+    has_padding = bool((lengths != lengths[0]).any())
+    return input_ids.to(policy.device), pixel_values, lengths.to(policy.device) if has_padding else None
+
+
+def predict_normalized_chunk(
+    policy: Policy, images: Sequence, instructions: list[str], crop: bool | None = None
+) -> np.ndarray:
+    """
+    Return the chunks that a FAST policy generates, (B, K, A) float64 in [-1, 1]. Each of them is whole: see
+    `ChunkDecoder`. Beyond [-1, 1], where rounding may lead, they are clipped, as the actions were in training.
+    """
+    if policy.engine:
+        raise ValueError(f"{policy.checkpoint} is a FAST policy, the engine is for single actions: leave it out")
+    return generate_chunks(policy, *prepare_inputs(policy, images, instructions, crop))
+
+
+def generate_chunks(
+    policy: Policy, input_ids: torch.Tensor, pixel_values: torch.Tensor, lengths: torch.Tensor | None
+) -> np.ndarray:
+    """Return what `predict_normalized_chunk` does, given the inputs of the model."""
+    decoder = ChunkDecoder(policy.fast, len(input_ids), policy.device)
+    max_tokens = policy.fast.max_tokens(policy.fast.time_horizon, policy.fast.action_dim)
+    policy.model.generate_with(decoder, input_ids, pixel_values, max_tokens, lengths)
+    try:
+        return np.clip(decoder.chunks(), -1, 1)
+    except ValueError as error:
+        raise ValueError(f"{policy.checkpoint}: {error}") from None
 
 
 def predict_chunk(
@@ -308,6 +353,12 @@ def predict_chunk(
     states: (B, P), in the robot's units, if the policy takes them. unnorm_key, crop: as for `predict_action`.
     Raises ValueError for bad input.
     """
+    if policy.fast:
+        single = [image for (image,) in images]
+        entry = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
+        check_action_dim(policy.fast, entry)
+        chunks = predict_normalized_chunk(policy, single, list(instructions), crop)
+        return unnormalize(chunks, entry["action"], entry.get("scheme", SCHEME))
     if not policy.is_oft:
         single = [image for (image,) in images]
         return predict_action(policy, single, instructions, unnorm_key, crop)[:, None]
@@ -462,10 +513,27 @@ def check_dimensions(oft: OFTConfig, stats: dict):
         )
 
 
-def check_length(config: OpenVLAConfig, prompt_ids: list[int], action_dim: int, oft: OFTConfig | None):
-    """Raise ValueError if images, prompt and answer do not fit into the model's context. oft: of an OFT policy."""
+def check_action_dim(fast: FAST, stats: dict):
+    """Raise ValueError if a FAST policy has another number of dimensions than the dataset that is asked for."""
+    num_action = len(stats["action"]["q01"])
+    if num_action != fast.action_dim:
+        raise ValueError(
+            f"this dataset has {num_action} numbers of an action, the policy's chunks have {fast.action_dim}; choose "
+            f"another unnorm_key"
+        )
+
+
+def check_length(
+    config: OpenVLAConfig, prompt_ids: list[int], action_dim: int, oft: OFTConfig | None, fast: FAST | None = None
+):
+    """
+    Raise ValueError if images, prompt and answer do not fit into the model's context. oft: of an OFT policy. fast: of a
+    FAST policy, for which the longest answer counts.
+    """
     num_images = oft.num_images if oft else 1
     num_new_tokens = oft.num_new_tokens if oft else action_dim
+    if fast:
+        num_new_tokens = fast.max_tokens(fast.time_horizon, fast.action_dim)
     total = num_images * config.num_patches + len(prompt_ids) + num_new_tokens
     limit = config.text.max_position_embeddings
     if total > limit:

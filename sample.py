@@ -5,7 +5,8 @@ One image and one instruction in, one robot action out.
         --unnorm_key bridge_orig
 
 Several images with one instruction, or with as many instructions, are run as a batch. To an OFT policy they are the
-images of its cameras, and it answers with a chunk of actions. From Python, use policy.py.
+images of its cameras, and it answers with a chunk of actions. So does a FAST policy, to each image. From Python, use
+policy.py.
 
 To follow an image on its way to an action, read checkpoint.py (what is in the folder), policy.py, image.py,
 tokenizer.py, model.py and normalize.py.
@@ -26,6 +27,7 @@ from oft import read_record
 from policy import (
     Policy,
     action_dimensions,
+    check_action_dim,
     check_dimensions,
     check_length,
     choose_key,
@@ -97,9 +99,13 @@ def main(cfg: Config):
         print(json.dumps(answer))
         return
     if policy.is_oft:
-        titles = [f"{instructions[0]}, step {i + 1}" for i in range(len(actions))]
+        titles = [instructions[0]]
+        actions = actions[None]  # (1, K, A)
     else:
         titles = [f"{Path(path).name}: {text}" for path, text in zip(cfg.image, instructions, strict=True)]
+    if policy.gives_chunks:
+        titles = [f"{title}, step {i + 1}" for title in titles for i in range(policy.action_chunk)]
+        actions = actions.reshape(len(titles), -1)
     dimensions = action_dimensions(checkpoint.norm_stats[unnorm_key])
     print_actions(titles, actions, dimensions)
     print(f"loaded in {seconds['load']} s, acted in {seconds['act']} s on {device}")
@@ -122,15 +128,20 @@ def check_inputs(checkpoint: Checkpoint, instructions: list[str], unnorm_key: st
                 f"--image: {len(cfg.image)} given, {cfg.checkpoint} takes {oft.num_images}, one per camera"
             )
         check_dimensions(oft, stats)
+    if checkpoint.fast:
+        check_action_dim(checkpoint.fast, stats)
 
     for text in instructions:
         check_instruction(text)
         prompt = checkpoint.tokenizer.encode_prompt(text)
-        check_length(checkpoint.config, prompt, len(stats["action"]["q01"]), oft)
+        check_length(checkpoint.config, prompt, len(stats["action"]["q01"]), oft, checkpoint.fast)
 
 
 def ask(policy: Policy, images: list, instructions: list[str], cfg: Config) -> np.ndarray:
-    """Return the actions: one for each image (B, A), or of an OFT policy one chunk (K, A)."""
+    """Return the actions: one for each image (B, A); of a FAST policy a chunk (B, K, A); of an OFT one chunk (K, A)."""
+    if policy.fast:
+        views = [[image] for image in images]
+        return predict_chunk(policy, views, instructions, None, cfg.unnorm_key, cfg.center_crop)
     if not policy.is_oft:
         return predict_action(policy, images, instructions, cfg.unnorm_key, cfg.center_crop)
     states = np.array([cfg.state]) if cfg.state else None

@@ -56,6 +56,8 @@ class Tokenizer:
         """
         Read a tokenizer.model, or that of a folder. prompt: has {instruction} in it, see `prompt_for`.
         Raises FileNotFoundError, or ValueError if it is not Llama-2's or one laid out like it.
+
+        `fast`: the FAST of fast.py by which chunks of actions become tokens; None: each number falls into a bin.
         """
         from sentencepiece import SentencePieceProcessor
 
@@ -66,6 +68,7 @@ class Tokenizer:
             raise FileNotFoundError(f"{path}: no such file; every checkpoint folder has its tokenizer.model")
 
         self.prompt = prompt
+        self.fast = None
         self.model_bytes = path.read_bytes()
         if self.model_bytes.startswith(b"version https://git-lfs"):
             raise ValueError(f"{path}: a Git LFS pointer, not the tokenizer; run `git lfs pull` in its folder")
@@ -107,7 +110,10 @@ class Tokenizer:
         (K, A) in [-1, 1]. Labels are IGNORE_INDEX but for the action's ids and </s>. OpenVLA section 3.3.
         """
         prompt = self.encode_prompt(instruction)
-        answer = encode_action(np.asarray(action).reshape(-1)).tolist()
+        if self.fast:
+            answer = self.fast.to_llama(self.fast.encode(action))
+        else:
+            answer = encode_action(np.asarray(action).reshape(-1)).tolist()
         answer.append(EOS)
         input_ids = prompt + answer
         labels = [IGNORE_INDEX] * len(prompt) + answer

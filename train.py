@@ -43,7 +43,9 @@ from distributed import (
     total,
     world_size,
 )
+from fast import FAST, record_action_tokens
 from files import atomic_write, write_json
+from fit_fast import choose_action_tokenizer, save_action_tokenizer
 from formats.dataset import END_EFFECTOR, HOLD_OUT, RobotDataset
 from formats.faults import WARN_AT_START, find_faults, read_numbers
 from formats.workers import STOP_SIGNALS
@@ -96,6 +98,9 @@ class Config:
     base_checkpoint: str = ""  # folder in Hugging Face layout to start from
     random_model: dict = field(default_factory=dict)  # or: the config.json of a model to start from random weights
     tokenizer: str = ""  # tokenizer.model; "": that of the base checkpoint, or a stand-in for a random model
+    action_tokenizer: str = ""  # bins, fast (fitted to the data) or the folder of a FAST tokenizer; "": as the base has
+    fast_scale: float = 10.0  # of a FAST that is fitted: the larger, the more exact, and the more tokens
+    fast_vocab_size: int = 1024  # at most 2048
     train_parts: str = "full"  # full, frozen_vision, last_layer (of the language model), sandwich (vision + last layer)
     words: tuple[str, ...] = ()  # that the stand-in tokenizer knows as a whole; it spells all others
 
@@ -153,8 +158,10 @@ class Trainee:
 
 def build(cfg: Config, datasets: list[RobotDataset]) -> Trainee:
     """Build a model whose own weights train, in float32, frozen where `train_parts` says so."""
-    check_token_model(cfg, datasets)
+    check_cameras(datasets, num_images=1)
     model, tokenizer, processor, files = open_base(cfg)
+    tokenizer.fast = choose_tokens(cfg, datasets, tokenizer)
+    model.rows_count_equally = tokenizer.fast is not None
     freeze(model.float(), cfg.train_parts)
     return Trainee(model, model, tokenizer, processor, files, fill_base, export_model)
 
@@ -170,6 +177,7 @@ def open_base(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor, dict[str
         refuse_parts(checkpoint)
         if cfg.tokenizer:
             tokenizer = Tokenizer(cfg.tokenizer, prompt_for(checkpoint.config.extra))
+            tokenizer.fast = checkpoint.fast
         else:
             tokenizer = checkpoint.tokenizer
         model = checkpoint.skeleton.to(checkpoint.stored_dtype)
@@ -264,13 +272,10 @@ def freeze(model: OpenVLA, parts: str):
         module.requires_grad_(True)
 
 
-def check_token_model(cfg: Config, datasets: list[RobotDataset]):
-    """Raise ValueError for what only an OFT can learn."""
-    check_cameras(datasets, num_images=1)
-    if cfg.action_chunk != 1:
-        raise ValueError(
-            f"--action_chunk {cfg.action_chunk}: this model answers with one action; finetune_oft.py trains for more"
-        )
+def choose_tokens(cfg: Config, datasets: list[RobotDataset], of_base: Tokenizer) -> FAST | None:
+    """Return the FAST tokenizer that actions become tokens with, or None: bins."""
+    run = run_folder(cfg)
+    return choose_action_tokenizer(cfg, run, datasets, of_base.fast, checkpoint_to_resume(run, cfg.resume))
 
 
 # -----------------------------------------------------------------------------
@@ -429,7 +434,7 @@ def train(cfg: Config, build: Callable[[Config, list[RobotDataset]], Trainee] = 
                 loss, predicted = model.loss(batch)
                 (loss / accumulate).backward()
                 step_loss += loss.detach() / accumulate
-                window.add(batch, count_errors(predicted, batch, len(datasets)))
+                window.add(batch, count_errors(predicted, batch, len(datasets), trainee.tokenizer.fast))
             step_loss = total(step_loss) / world
             check_finite(step_loss, step, cfg)
             window.losses.append(step_loss.item())
@@ -505,7 +510,7 @@ def validate(trainee: Trainee, val_data: list, cfg: Config, device: str) -> dict
         batch = prepare_batch(batch, trainee, device)
         loss, predicted = trainee.model.loss(batch)
         window.losses.append((total(loss) / world_size()).item())
-        window.add(batch, count_errors(predicted, batch, len(val_data)))
+        window.add(batch, count_errors(predicted, batch, len(val_data), trainee.tokenizer.fast))
     trainee.model.train()
 
     metrics = window.close(trainee.vla, [dataset.name for dataset, _ in val_data])
@@ -722,7 +727,7 @@ def export_model(run: Path, trainee: Trainee, statistics: dict, cfg: Config):
         (folder / INDEX).unlink(missing_ok=True)  # killed from here on, the folder is incomplete, not half an old one
 
     vla = trainee.vla
-    vla.cfg.extra["norm_stats"] = statistics
+    vla.cfg.extra = {**record_action_tokens(vla.cfg.extra, trainee.tokenizer.fast), "norm_stats": statistics}
     is_bf16 = cfg.bf16 and torch.cuda.is_available()
     vla.save_pretrained(folder, torch.bfloat16 if is_bf16 else torch.float32, gather, is_main_process())
     barrier()
@@ -733,6 +738,7 @@ def write_preparation(folder: Path, tokenizer: Tokenizer, processor: ImageProces
     for name, content in tokenizer.files().items():
         with atomic_write(folder / name) as temporary:
             temporary.write_bytes(content)
+    save_action_tokenizer(tokenizer.fast, folder)
     token_ids = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
     write_json(folder / "generation_config.json", token_ids)
     write_json(folder / "preprocessor_config.json", processor.to_dict())

@@ -43,8 +43,8 @@ class Input:
 
 def make_inputs(cfg: Config, policy: Policy, unnorm_key: str) -> list[Input]:
     """Return cfg.inputs inputs, as one batch of one each, on the policy's device."""
-    if policy.is_oft:
-        raise ValueError(f"{policy.checkpoint} is an OFT policy; this benchmark is for policies that generate tokens")
+    if policy.gives_chunks:
+        raise ValueError(f"{policy.checkpoint} answers with chunks; this benchmark is for the tokens of one action")
     inputs = []
     for episode in make_episodes(cfg, policy, unnorm_key):
         prompt = policy.tokenizer.encode_prompt(episode.instruction)

@@ -9,8 +9,8 @@ Why does a policy with 95 % accuracy never succeed? Look for the usual reasons, 
 Frames of the dataset go through sample.py's path, as a robot's images would. Each verdict says what was found, and a
 FAIL also why it matters and what to do. The exit code is 1 if anything fails. Images go to --out.
 
-Only token models can be checked. OFT policies are refused, as nothing here looks at chunks of actions; `data` works for
-the data of any policy.
+Only token models can be checked. Of a FAST policy's chunk the first action counts. OFT policies are refused; `data`
+works for the data of any policy.
 
 Axes: N frames, A action dimensions (and as many tokens), S sequence, H heads.
 """
@@ -41,9 +41,11 @@ from policy import (
     Policy,
     action_dimensions,
     action_stats,
+    generate_chunks,
     load_policy,
     pick_device,
     pick_dtype,
+    predict_normalized_chunk,
     predict_tokens,
     prepare_image,
     prepare_images,
@@ -189,12 +191,19 @@ def predict(
     title: str = "",
     progress: Callable = no_progress,
 ) -> np.ndarray:
-    """Return the tokens (N, A) that the policy generates, by sample.py's path. crop: as in `predict_tokens`."""
+    """
+    Return the tokens (N, A) that the policy generates, by sample.py's path; of a FAST policy the bins of its chunk's
+    first action. crop: as in `predict_tokens`.
+    """
     tokens = []
     for start in progress(range(0, len(frames.images), batch_size), title, "batches"):
         images = frames.images[start : start + batch_size]
         instructions = frames.instructions[start : start + batch_size]
-        tokens.append(predict_tokens(policy, images, instructions, frames.num_tokens, crop))
+        if policy.fast:
+            chunks = predict_normalized_chunk(policy, images, instructions, crop)  # (batch, K, A)
+            tokens.append(torch.from_numpy(encode_action(chunks[:, 0])))
+        else:
+            tokens.append(predict_tokens(policy, images, instructions, frames.num_tokens, crop))
     return torch.cat(tokens).numpy()
 
 
@@ -213,15 +222,22 @@ def predict_as_in_training(policy: Policy, frames: Frames, batch_size: int) -> n
         prompts = [prompt_as_in_training(policy, instruction, A) for instruction in instructions]
         input_ids, lengths = pad_sequences(prompts, PAD)
         input_ids = input_ids.to(policy.device)
-        generated, _ = policy.model.generate(input_ids, pixel_values, A, lengths.to(policy.device))
-        tokens.append(generated.cpu())
+        lengths = lengths.to(policy.device)
+        if policy.fast:
+            chunks = generate_chunks(policy, input_ids, pixel_values, lengths)
+            tokens.append(torch.from_numpy(encode_action(chunks[:, 0])))
+        else:
+            generated, _ = policy.model.generate(input_ids, pixel_values, A, lengths)
+            tokens.append(generated.cpu())
     return torch.cat(tokens).numpy()
 
 
 def prompt_as_in_training(policy: Policy, instruction: str, A: int) -> list[int]:
     """Return the ids that stand before the action in a training sample."""
-    input_ids, _ = policy.tokenizer.encode_example(instruction, np.zeros(A))
-    return input_ids[: -A - 1].tolist()  # without the action and </s>
+    actions = np.zeros((policy.action_chunk, A))
+    num_tokens = len(policy.fast.encode(actions)) if policy.fast else A
+    input_ids, _ = policy.tokenizer.encode_example(instruction, actions)
+    return input_ids[: -num_tokens - 1].tolist()  # without the action and </s>
 
 
 def l1_error(tokens: np.ndarray, targets: np.ndarray) -> float:
@@ -519,7 +535,15 @@ def check_language(policy: Policy, dataset: RobotDataset, cfg: Config) -> int:
 
 
 def check_attention(policy: Policy, dataset: RobotDataset, cfg: Config) -> int:
-    """Draw attention.png: for four frames, how much each token of the action attends to each patch of the image."""
+    """
+    Draw attention.png: for four frames, how much each token of the action attends to each patch of the image. Raises
+    ValueError for a FAST policy, whose tokens are no dimensions of an action.
+    """
+    if policy.fast:
+        raise ValueError(
+            f"{policy.checkpoint} is a FAST policy: its tokens are no dimensions of an action, each for itself; the "
+            f"commands `policy` and `language` can check it"
+        )
     middles = [[episode[len(episode) // 2]] for episode in pick_frames(dataset, 4, cfg.frames)]
     frames = read_frames(dataset, middles)
     A = frames.num_tokens

@@ -6,9 +6,9 @@ A policy behind HTTP: images and an instruction in, actions out, for many robots
 
     POST /act     json-numpy {"image", "instruction", "unnorm_key"?, "state"?}, as for vla-scripts/deploy.py of
                   github.com/openvla/openvla, also wrapped as {"encoded": text}. The answer is the action (A,), or the
-                  chunk (K, A) of an OFT policy, in the same form. "image" is a list if an OFT policy takes several;
-                  or they are called as by the official OFT clients: {"full_image", "left_wrist_image", ...}, which
-                  get a list of K actions (A,).
+                  chunk (K, A) of an OFT or FAST policy, in the same form. "image" is a list if an OFT policy takes
+                  several; or they are called as by the official OFT clients: {"full_image", "left_wrist_image", ...},
+                  which get a list of K actions (A,).
                   Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` (JSON); answers plain JSON.
     GET  /health  whether the server is up, and how many requests it has taken and not yet answered
     GET  /info    the checkpoint, its datasets and the ranges of their actions, how images are prepared
@@ -50,6 +50,7 @@ from configurator import configure, fail
 from image import to_rgb
 from policy import (
     Policy,
+    check_action_dim,
     check_dimensions,
     check_length,
     dataset_stats,
@@ -265,6 +266,8 @@ def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
     stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
     check_room(instruction, policy, len(stats["action"]["q01"]))
     state = None
+    if policy.fast:
+        check_action_dim(policy.fast, stats)
     if policy.is_oft:
         check_dimensions(policy.model.oft, stats)
         state = check_state(payload["state"], policy.state_dim)
@@ -284,7 +287,7 @@ def check_room(instruction: str, policy: Policy, action_dim: int):
 
     prompt = policy.tokenizer.encode_prompt(instruction)
     oft = policy.model.oft if policy.is_oft else None
-    check_length(config, prompt, action_dim, oft)
+    check_length(config, prompt, action_dim, oft, policy.fast)
 
 
 def check_state(state, state_dim: int) -> np.ndarray | None:
@@ -303,8 +306,8 @@ def check_state(state, state_dim: int) -> np.ndarray | None:
 
 def answer_batch(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.ndarray | Exception]:
     """
-    Return the answer to each request: its action (A,) or, of an OFT policy, its chunk (K, A); or the error that it
-    caused. One pass of the model answers all requests for the same dataset.
+    Return the answer to each request: its action (A,) or, of an OFT or FAST policy, its chunk (K, A); or the error that
+    it caused. One pass of the model answers all requests for the same dataset.
     """
     groups = defaultdict(list)  # unnorm_key -> numbers of the requests
     for i, request in enumerate(requests):
@@ -345,7 +348,7 @@ def predict(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.
     if policy.state_dim:
         states = np.stack([request["state"] for request in requests])  # (B, P)
     chunks = predict_chunk(policy, images, instructions, states, requests[0]["unnorm_key"], crop)  # (B, K, A)
-    if policy.is_oft:
+    if policy.gives_chunks:
         return list(chunks)
     return list(chunks[:, 0])
 
@@ -487,6 +490,7 @@ class Service:
             "center_crop": self.cfg.center_crop,
             "pictures": {"size": policy.processor.size, "trained_on": list(policy.processor.trained_on)},
             "oft": asdict(policy.model.oft) if policy.is_oft else None,
+            "fast": policy.fast.facts() if policy.fast else None,
         }
 
 

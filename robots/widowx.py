@@ -42,7 +42,7 @@ class Config:
     max_steps: int = 60
     frequency: float = 5.0  # actions per second
     blocking: bool = False  # wait until each movement is done
-    open_loop: int = 1  # of an OFT policy: actions of a chunk that are carried out before it is asked again
+    open_loop: int = 1  # actions of a chunk (OFT, FAST) that are carried out before the policy is asked again
     start: tuple[float, ...] = (0.3, -0.09, 0.26)  # where the gripper begins, metres
     camera: str = "/blue/image_raw"
     out: str = "runs/bridge_eval"

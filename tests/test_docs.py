@@ -35,6 +35,7 @@ PAGES = (
     "docs/openvla-7b.md",
     "docs/lora.md",
     "docs/oft.md",
+    "docs/fast.md",
     "docs/your-data.md",
     "docs/libero.md",
     "docs/converting.md",
@@ -74,6 +75,7 @@ SHORT = {  # pattern of a command -> what makes it short
     "python -m toy.transfer": TOY,
     "python finetune_oft.py --config libero_oft.py*": TRAIN,
     "python -m toy.chunks": TOY,
+    "python -m toy.tokens": TOY,
     "python -m toy.play --checkpoint runs/toy_oft*": "--scenes 2",
     "python -m diagnose.look*": "",
     "python eval_libero.py --checkpoint openvla-7b-finetuned*": f"{LIBERO} --trials 0 --max_steps 2",
@@ -333,7 +335,7 @@ def serve(command: str, place):
 
 
 SIMULATED = re.compile("libero_assets|libero_data").search
-TOY_RECIPES = re.compile("toy.transfer|toy.chunks|runs/toy_oft").search
+TOY_RECIPES = re.compile("toy.transfer|toy.chunks|toy.tokens|runs/toy_oft").search
 ASKS = re.compile("^curl").match
 RUN = [c for c in COMMANDS if entry(c, SHORT) and not ASKS(c)]
 

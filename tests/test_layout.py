@@ -181,4 +181,5 @@ def test_a_newcomer_has_few_files_to_follow(folders, tmp_path):
     around = {"configurator", "distributed", "resume", "metrics", "files", "progress", "toy", "toy.world"}
     readers = {"dataset", "faults", "protobuf", "rlds_index", "samples", "tfrecord", "user_code", "workers"}
     readers |= {"write_rlds"}  # of the toy world
+    around |= {"fit_fast", "fast"}  # asked which action tokens the run has
     assert walk <= learn <= walk | around | {"formats"} | {f"formats.{name}" for name in readers}

@@ -9,7 +9,8 @@ Three numbers, over the same unseen scenes:
 - how often the policy still picks up that object when the instruction names another one. A policy that does not listen
   would not notice the difference.
 
-Success is read off the world's state. OFT policies, and all policies with --controls False, get the first number only.
+Success is read off the world's state. Policies that answer with chunks (OFT, FAST), and all policies with --controls
+False, get the first number only.
 
 Axes: n scenes, T steps, K actions of a chunk, A = 7 action dimensions.
 """
@@ -35,7 +36,7 @@ class Config:
     checkpoint: str = "runs/toy/checkpoint"
     out: str = "runs/toy"  # where rollouts.gif, actions.png and evaluation.json go
     scenes: int = 200  # unseen ones
-    open_loop: int = 0  # of an OFT policy: actions of a chunk that are carried out before it is asked again; 0: all
+    open_loop: int = 0  # actions of a chunk that are carried out before the policy is asked again; 0: all
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
     changed: bool = False  # in the changed world of toy/transfer.py
     controls: bool = True  # also an untrained model and swapped instructions, with a video and a plot
@@ -120,10 +121,12 @@ def main(cfg: Config):
         fail(error)
     setting = world.CHANGED if cfg.changed else world.STANDARD
 
-    if policy.is_oft or not cfg.controls:
+    if policy.gives_chunks or not cfg.controls:
         open_loop = cfg.open_loop or policy.action_chunk
         result = play(policy, cfg.scenes, cfg.unnorm_key, open_loop, world=setting)
-        name = f"success, {open_loop} of {policy.action_chunk} actions carried out" if policy.is_oft else "success"
+        name = "success"
+        if policy.gives_chunks:
+            name = f"success, {open_loop} of {policy.action_chunk} actions carried out"
         print_rate(name, result.success)
         return
 
