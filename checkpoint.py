@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from files import read_json, read_json_object, refuse_special, write_json
+from hub import HUB_PREFIX, OUR_FOLDERS, find_model, is_hub_name
 from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
 from speed.quantize import use_quantized_layers
@@ -37,6 +38,8 @@ OFFICIAL_ADAPTER = "lora_adapter"  # the folder in a run of the official OFT scr
 OFT_RECORD = "oft_config.json"
 EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
+# How the official scripts note their base: the place where it was in their cache.
+IN_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>\w+)")
 COMPONENT_ENDING = "checkpoint.pt"  # of the parts that OFT adds: NAME--latest_checkpoint.pt, NAME--150000_checkpoint.pt
 
 # How safetensors files call the dtypes that weights may have. (Those of our quantized folders are integers besides.)
@@ -137,21 +140,25 @@ class Checkpoint:
 # Open a folder
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, base_checkpoint: str | Path = "") -> Checkpoint:
     """
     Check that a folder is complete, and return what is known about it. A LoRA run is checked with its base, and has the
-    statistics of the data that it was trained on, not those of the base.
+    statistics of the data that it was trained on, not those of the base. A name of the hub is downloaded (hub.py).
+
+    base_checkpoint: of a LoRA run, its base; "": what its adapter_config.json says, see `base_of`.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder{hint_for_missing(folder)}")
     if folder.name == OFFICIAL_ADAPTER and (folder.parent / STATISTICS).is_file():
         raise ValueError(
             f"{folder}: only the adapter of an OFT policy; give the folder of all its parts, {folder.parent}"
         )
-    base = base_of(folder)
+    base = base_of(folder, base_checkpoint)
     if base:
         return open_lora_run(folder, base)
+    if base_checkpoint:
+        raise ValueError(f"{folder} is no LoRA run and has no base; leave out --base_checkpoint {base_checkpoint}")
 
     file = folder / "config.json"
     if not file.is_file() and not file.is_symlink():
@@ -277,31 +284,67 @@ def adapter_folder(folder: str | Path) -> Path | None:
     return None
 
 
-def base_of(folder: str | Path) -> Path | None:
+def base_of(folder: str | Path, given: str | Path = "") -> Path | None:
     """
-    The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run. The name
-    that stands there is looked for as it is, inside the run and beside it. Raises FileNotFoundError or ValueError.
+    Return the base checkpoint of a LoRA run, or None for a folder that is no LoRA run. given: its name, a folder or a
+    name of the hub; "": that of adapter_config.json, which is looked for as it is, inside the run, beside it and on the
+    hub. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
     adapter = adapter_folder(folder)
     if not adapter:
         return None
+    if given:
+        base = find_model(given)
+        if not base.is_dir():
+            raise FileNotFoundError(f"--base_checkpoint {given}: no such folder{hint_for_missing(base)}")
+        return base
 
     file = adapter / ADAPTER_CONFIG
+    name = base_name(file)
+    for place in places_of_base(folder, name):
+        if place.is_dir():
+            return place
+    on_hub = hub_name_of_base(file)
+    if on_hub:
+        try:
+            return find_model(on_hub)
+        except OSError as error:
+            raise FileNotFoundError(f"{file}: its base checkpoint, {error}; or give --base_checkpoint FOLDER") from None
+    raise FileNotFoundError(
+        f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to its folder, or give "
+        f"--base_checkpoint FOLDER{hint_for_missing(Path(name))}"
+    )
+
+
+def base_name(file: Path) -> str:
+    """Return what an adapter_config.json calls its base; "" if nothing. Raises ValueError."""
     name = read_json_object(file).get("base_model_name_or_path") or ""
     if not isinstance(name, str):
         raise ValueError(f"{file}: base_model_name_or_path is {name!r}, it must be the folder of the base checkpoint")
-    if name:
-        # The official scripts note where it was in their cache: .../models--openvla--openvla-7b/snapshots/47a0ec7...
-        in_cache = re.search(r"models--[^/]+--([^/]+)/snapshots/", name)
-        short_name = in_cache[1] if in_cache else Path(name).name
-        for place in (Path(name).expanduser(), folder / name, folder.parent / short_name):
-            if place.is_dir():
-                return place
-    raise FileNotFoundError(
-        f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to its folder"
-        f"{hint_for_missing(Path(name))}"
-    )
+    return name
+
+
+def places_of_base(folder: Path, name: str) -> list[Path]:
+    """Return the folders that a LoRA run's base of this name may be."""
+    if not name:
+        return []
+    in_cache = IN_CACHE.search(name)
+    short_name = in_cache["name"] if in_cache else Path(name).name
+    return [Path(name).expanduser(), folder / name, folder.parent / short_name]
+
+
+def hub_name_of_base(file: Path) -> str:
+    """Return the name on the hub of the base of an adapter_config.json, as hub.py takes it; "" if it has none."""
+    name = base_name(file)
+    in_cache = IN_CACHE.search(name)
+    if in_cache:
+        return f"{HUB_PREFIX}{in_cache['owner']}/{in_cache['name']}@{in_cache['commit']}"
+    name = f"{HUB_PREFIX}{name}"
+    if not is_hub_name(name) or Path(base_name(file)).parts[0] in OUR_FOLDERS:
+        return ""
+    revision = read_json_object(file).get("revision")  # PEFT's key for the revision of the base
+    return f"{name}@{revision}" if isinstance(revision, str) and "@" not in name else name
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -332,7 +375,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: str | Path) -> str:
     """A hash of a checkpoint's weights: sixteen places of each file, as reading all of it would take minutes."""
-    return fingerprint_files(weight_files(Path(folder)))
+    return fingerprint_files(weight_files(find_model(folder)))
 
 
 def fingerprint_files(paths: list[Path]) -> str:
@@ -374,10 +417,9 @@ def hint_for_missing(folder: Path) -> str:
     """Return how to get a checkpoint that may be meant by the name of a folder that is not there."""
     if folder.is_file():
         return "; it is a file: give the folder that it is in"
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
-    if not is_hub_name:
-        return ""
-    return f"; if it is a name on huggingface.co, download it: hf download {folder} --local-dir {folder.name}"
+    if is_hub_name(f"{HUB_PREFIX}{folder}") and str(folder.parent) not in OUR_FOLDERS:
+        return f"; if it is a name on huggingface.co, and no folder: {HUB_PREFIX}{folder}"
+    return ""
 
 
 def hint_for_other(folder: Path) -> str:

@@ -43,7 +43,8 @@ POLICIES = ("checkpoint", "noop", "random", "expert", "replay")  # all but the f
 class Config:
     # Who acts
     policy: str = "checkpoint"  # or, to check the simulator itself: noop, random, expert (libero_spatial), replay
-    checkpoint: str = ""  # folder of a model, or of a LoRA run
+    checkpoint: str = ""  # folder of a model or of a LoRA run, or a name on the hub (owner/name)
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     unnorm_key: str = ""  # "": the suite's name, or that with _no_noops
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says, else yes
     device: str = "auto"
@@ -77,7 +78,7 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
     """
     dtype = pick_dtype(cfg.dtype)
     device = pick_device(cfg.device)
-    checkpoint = open_checkpoint(cfg.checkpoint)
+    checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
     unnorm_key = choose_statistics(checkpoint, cfg)
     policy = load_policy(checkpoint, dtype, device, show_progress)
 

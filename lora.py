@@ -62,6 +62,7 @@ from checkpoint import (
     read_layout,
 )
 from files import atomic_write, read_json, write_json
+from hub import find_cached_model, find_model, is_hub_name, parse_hub_name
 from model import OpenVLA
 from progress import no_progress
 
@@ -256,9 +257,9 @@ def save_adapter(
     """
     Write adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
-    base: the folder or the name of the base model. state: the adapters' weights by name, where the model does not hold
-    them whole (sharded training); None: those of the model. has_record: other files belong to the adapter, and
-    checkpoint.complete_export says when all of them are there.
+    base: the folder of the base model, or its name on the hub. state: the adapters' weights by name, where the model
+    does not hold them whole (sharded training); None: those of the model. has_record: other files belong to the
+    adapter, and checkpoint.complete_export says when all of them are there.
     """
     folder = Path(folder)
     if state is None:
@@ -266,8 +267,9 @@ def save_adapter(
 
     tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {"format": "pt"}
-    if Path(base).is_dir():
-        metadata["base"] = fingerprint(base)  # our own entry, for `warn_other_base`; PEFT ignores it
+    base_folder = find_cached_model(base)
+    if base_folder:
+        metadata["base"] = fingerprint(base_folder)  # our own entry, for `warn_other_base`; PEFT ignores it
     if has_record:
         metadata["record"] = EXPORT_RECORD
     with atomic_write(folder / ADAPTER_WEIGHTS) as temporary:
@@ -275,7 +277,7 @@ def save_adapter(
 
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(base),
+        **describe_base(base),
         "r": model.lora.rank,
         "lora_alpha": model.lora.alpha,
         "lora_dropout": model.lora.dropout,
@@ -292,6 +294,14 @@ def save_adapter(
         "alpha_pattern": {},
     }
     write_json(folder / ADAPTER_CONFIG, config)
+
+
+def describe_base(base: str | Path) -> dict:
+    """Return what adapter_config.json says of the base, in PEFT's keys: its folder, or its name and revision."""
+    if not is_hub_name(base):
+        return {"base_model_name_or_path": str(base)}
+    repository = parse_hub_name(base)
+    return {"base_model_name_or_path": repository.name, "revision": repository.revision}
 
 
 def target_modules(adapter_names: Iterable[str], targets: tuple[str, ...]) -> list[str] | str:
@@ -323,14 +333,15 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, adapters
 
 
-def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
+def load_adapter(model: OpenVLA, folder: str | Path, base: Path | None = None) -> OpenVLA:
     """
     Put a PEFT adapter onto its base model, in place, in float32. Returns the model. Raises ValueError if a tensor does
-    not fit, or if the file holds base weights that are not this model's.
+    not fit, or if the file holds base weights that are not this model's. base: the folder of that model, as
+    `open_checkpoint` has found it; None: as `base_of` finds it.
     """
     folder = Path(folder)
     config, adapters = read_adapter(folder)
-    warn_other_base(folder)
+    warn_other_base(folder, base)
     tensors = {**model.state_dict(), **model.unused}
     check_adapter_fits(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     check_stored_base(folder, tensors.get)
@@ -354,35 +365,39 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
     return model
 
 
-def warn_other_base(run: str | Path):
-    """Warn if the base weights are not the ones that this adapter was trained on. An adapter of PEFT does not say."""
-    with safe_open(Path(run) / ADAPTER_WEIGHTS, framework="pt") as file:
+def warn_other_base(adapter: str | Path, base: Path | None):
+    """
+    Warn if the base weights are not the ones that this adapter was trained on. An adapter of PEFT does not say.
+    base: None: as `base_of` finds it.
+    """
+    with safe_open(Path(adapter) / ADAPTER_WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
     if "base" not in metadata:
         return
-    base = base_of(run)
+    base = base or base_of(adapter)
     if base and fingerprint(base) != metadata["base"]:
-        warnings.warn(f"{run} was trained on other weights than {base} holds now", stacklevel=2)
+        warnings.warn(f"{adapter} was trained on other weights than {base} holds now", stacklevel=2)
 
 
 # -----------------------------------------------------------------------------
 # Merge folders
 
 
-def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
+def merge(run: str | Path, out: str | Path, base_checkpoint: str = "", progress: Callable = no_progress):
     """
     Merge a run (an adapter) with its base checkpoint into a folder as any other: tensor by tensor, in float32, rounded
-    once to the base's dtype. Raises ValueError or OSError before long work. `out` appears when it is whole.
+    once to the base's dtype. base_checkpoint: as `open_checkpoint` takes it. Raises ValueError or OSError before long
+    work. `out` appears when it is whole.
     """
-    run = Path(run)
+    run = find_model(run)
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder, or remove it")
-    checkpoint = open_checkpoint(run)  # checks all that loading checks, also of the base
+    checkpoint = open_checkpoint(run, base_checkpoint)  # checks all that loading checks, also of the base
     if not checkpoint.adapter:
         raise ValueError(f"{run}: nothing to merge, it has no {ADAPTER_CONFIG}; give the folder of a LoRA run")
     config, adapters = read_adapter(checkpoint.adapter)
-    warn_other_base(checkpoint.adapter)
+    warn_other_base(checkpoint.adapter, checkpoint.base)
     checkpoint.check_copied_files()
     weight_files = sorted(set(checkpoint.weight_map.values()))
     check_room(out, weight_files)

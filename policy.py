@@ -108,7 +108,7 @@ def load_policy(
         model = copy.deepcopy(checkpoint.skeleton)
         model.load_weights(checkpoint.weight_map, dtype, device, progress)
         if checkpoint.adapter:
-            load_adapter(model, checkpoint.adapter)
+            load_adapter(model, checkpoint.adapter, checkpoint.base)
     if checkpoint.adapter:
         check_export(checkpoint.adapter)  # again: a run may have exported anew while the files were read
     return Policy(model, tokenizer, processor, checkpoint.norm_stats, str(checkpoint.folder))

@@ -41,14 +41,15 @@ from progress import show_progress
 from tokenizer import check_instruction
 
 NO_CHECKPOINT = (
-    "no checkpoint. The released weights are on Hugging Face: `git lfs install`, then\n"
-    "`git clone https://huggingface.co/openvla/openvla-7b` (15 GB) and `--checkpoint openvla-7b`."
+    "no checkpoint. The released weights are on Hugging Face: `pip install huggingface_hub`, then\n"
+    "`--checkpoint openvla/openvla-7b`, which downloads them once (15 GB)."
 )
 
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout (openvla-7b, runs/.../checkpoint, ...) or a LoRA run
+    checkpoint: str = ""  # folder in Hugging Face layout or LoRA run, or a name on the hub: owner/name[@revision]
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     image: tuple[str, ...] = ()  # image files, one or more
     instruction: tuple[str, ...] = ()  # one for all images, or one for each; put it in quotes
     state: tuple[float, ...] = ()  # the robot's state in its own units, for an OFT policy that takes it
@@ -73,7 +74,7 @@ def main(cfg: Config):
         instructions = list(cfg.instruction)
         if len(instructions) == 1:
             instructions *= len(images)
-        checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
         unnorm_key = choose_key(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         check_inputs(checkpoint, instructions, unnorm_key, cfg)
 

@@ -65,7 +65,8 @@ from tokenizer import check_instruction
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run or OFT folder
+    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run, OFT folder, or a name on the hub (owner/name)
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines; then give a token
     port: int = 8000
     unnorm_key: str = ""  # for requests without one; may be left out if the checkpoint has one dataset
@@ -683,7 +684,7 @@ def main(cfg: Config):
         check_limits(cfg)
         dtype = pick_dtype(cfg.dtype)
         device = pick_device(cfg.device)
-        checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
         if cfg.unnorm_key:
             dataset_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         listener = open_port(cfg)

@@ -34,7 +34,8 @@ from progress import show_progress
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run or OFT folder (one camera)
+    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run, OFT folder (one camera), or a name on the hub
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     host: str = "localhost"
     port: int = 5556
     unnorm_key: str = "bridge_orig"
@@ -51,7 +52,7 @@ class Config:
 
 
 # Options that may change while an evaluation goes on; all others are its protocol
-NOT_PROTOCOL = ("episodes", "host", "port", "out", "device")
+NOT_PROTOCOL = ("episodes", "host", "port", "out", "device", "base_checkpoint")
 
 # The workspace: lowest and highest x, y, z in metres, yaw in radians, and a number that is not used
 BOUNDS = [[0.1, -0.20, -0.01, -1.57, 0], [0.45, 0.25, 0.30, 1.57, 0]]
@@ -318,7 +319,7 @@ def main(cfg: Config):
         # Everything that can be wrong is found before any weight is read.
         dtype = pick_dtype(cfg.dtype)
         check_protocol(protocol_file, protocol)
-        checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
         dataset_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         service = import_client()
         device = pick_device(cfg.device)

@@ -265,7 +265,7 @@ def test_a_header_has_a_bound(tmp_path):
 
 
 def test_a_name_of_the_hub():
-    with pytest.raises(FileNotFoundError, match="hf download openvla/openvla-7b --local-dir openvla-7b"):
+    with pytest.raises(FileNotFoundError, match="openvla/openvla-7b: (not in the cache|no such folder here)"):
         open_checkpoint("openvla/openvla-7b")
 
 

@@ -67,7 +67,8 @@ SHORT = {  # pattern of a command -> what makes it short
     "python sample.py --checkpoint runs/bridge/checkpoint*": "",
     "torchrun --nproc-per-node 8 train.py*": f"{TRAIN} --micro_batch_size 1 --run_dir runs/two",
     "python convert_weights.py quantize*": "--group 32",
-    "python convert_weights.py*": "",
+    "python convert_weights.py [!p]*": "",
+    "python convert_weights.py prismatic-to-hf*": "",
     "python sample.py --checkpoint openvla-7b*": "",
     "python -m bench infer --shape 100m *--plot*": "--shape tiny --actions 2 --inputs 2",
     "python finetune_lora.py --config libero_lora.py*": TRAIN,
@@ -97,6 +98,7 @@ SHORT = {  # pattern of a command -> what makes it short
 
 CI = (ROOT / ".ci" / "run").read_text()
 INNER = "one of the commands that the script above it runs"
+HUB = "wants the Hugging Face hub; tests/test_hub.py asks a stand-in"
 BY_HAND = "takes long and is timed by hand; the tests of its room run it small"
 ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python3 -m venv .venv": CI,
@@ -127,6 +129,9 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m diagnose.check": "wants one of its four words; each of them runs",
     "python *NAME*": "stands for any script",
     "python -m room.name": "stands for any script of a folder",
+    "python sample.py --checkpoint openvla/openvla-7b*": HUB,
+    "python convert_weights.py push*": HUB,
+    "pip install huggingface_hub": HUB,
     "git lfs install": "changes the settings of git",
     "git clone*": "gets the released weights",
     "apt-get install*": "wants to be root",
@@ -134,6 +139,7 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "pip install -e bridge_data_robot/widowx_envs*": "is the robot's client",
     "python -m formats.write_rlds FOLDER": "wants array_record; tests/test_rlds.py runs it",
     "hf download*": "gets the simulator's assets",
+    "hf auth login": "asks for a token",
     "pip install array_record": "what it is for is tested in tests/test_rlds.py",
     "pip install pyarrow av": "what it is for is tested in tests/test_lerobot.py",
 }
