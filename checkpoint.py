@@ -458,23 +458,32 @@ PEFT_PREFIX = "base_model.model."  # before each of our names
 # is merged into the base, which has no modules of that name.
 FILM_PREFIX = "vision_backbone.vision_backbone."
 
-# What adapter_config.json must say, if it says anything of it. PEFT knows more kinds of adapters.
+# What adapter_config.json must say, if it says anything of it. PEFT (0.21) knows more kinds of adapters.
 PLAIN_LORA = {
     "peft_type": "LORA",
     "bias": "none",
     "use_dora": False,
-    "use_rslora": False,
     "use_qalora": False,
+    "use_bdlora": None,
     "lora_bias": False,
     "modules_to_save": None,
     "fan_in_fan_out": False,
-    "alpha_pattern": {},
-    "rank_pattern": {},
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
     "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+
+# What says which layers an adapter has (their tensors tell), how it started or trained, or something about the file.
+WITHOUT_EFFECT = (
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
+    "exclude_modules layers_to_transform layers_pattern megatron_config megatron_core qalora_group_size loftq_config "
+    "eva_config corda_config lora_ga_config velora_config runtime_config ensure_weight_tying"
+).split()
+READ_HERE = ("r", "lora_alpha", "lora_dropout", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern")
 # How A and B may have started. PiSSA, OLoRA, CorDA, LoftQ and others change the base as well: their adapter is wrong on
 # the base that is in the files.
 PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "orthogonal", "eva")
@@ -489,6 +498,13 @@ def read_adapter_config(folder: Path) -> dict:
         is_off = not value and not expected  # None, False and {} all say that it is not used
         if value != expected and not is_off:
             raise ValueError(f"{file}: {key} is {value!r}; only plain LoRA is read here, {expected!r}")
+    for key, value in config.items():
+        is_known = key in PLAIN_LORA or key in WITHOUT_EFFECT or key in READ_HERE
+        if value and not is_known:
+            raise ValueError(
+                f"{file}: {key} is {value!r:.80}, which this code does not know and so cannot apply; if it changes "
+                f"nothing in what the adapter computes, remove the key"
+            )
 
     start = config.get("init_lora_weights")
     if isinstance(start, str):
@@ -504,10 +520,50 @@ def read_adapter_config(folder: Path) -> dict:
     alpha = config.get("lora_alpha")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise ValueError(f"{file}: lora_alpha is {alpha!r}, it must be a number above 0")
+    if type(config.get("use_rslora", False)) is not bool:
+        raise ValueError(f"{file}: use_rslora is {config['use_rslora']!r}, it must be true or false")
+    check_pattern(file, "rank_pattern", config, lambda value: type(value) is int and value > 0)
+    check_pattern(file, "alpha_pattern", config, lambda value: type(value) in (int, float) and 0 < value < math.inf)
     dropout = config.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
         raise ValueError(f"{file}: lora_dropout is {dropout!r}, it must be a number from 0 to 1")
     return config
+
+
+def check_pattern(file: Path, key: str, config: dict, is_good: Callable):
+    """
+    Raise ValueError unless rank_pattern or alpha_pattern of an adapter_config.json is {name of a layer: value}. PEFT
+    takes any regular expression there; one from a stranger's file could take forever.
+    """
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict) or not all(is_good(value) for value in pattern.values()):
+        raise ValueError(f"{file}: {key} is {pattern!r:.80}, it must be {{name: number above 0}}")
+    for name in pattern:
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(
+                f"{file}: {key} has the pattern {name!r:.80}; only names of layers are read here, or their last parts, "
+                f"such as q_proj; write one entry for each"
+            )
+
+
+def rank_and_alpha(config: dict, layer: str) -> tuple[int, float]:
+    """
+    Return rank and alpha of a layer, such that alpha / rank scales its adapter. config: of `read_adapter_config`.
+    Rank-stabilised LoRA (https://arxiv.org/abs/2312.03732) has alpha / sqrt(rank).
+    """
+    rank = value_of_layer(config.get("rank_pattern") or {}, layer, config["r"])
+    alpha = value_of_layer(config.get("alpha_pattern") or {}, layer, config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha = alpha * math.sqrt(rank)
+    return rank, alpha
+
+
+def value_of_layer(pattern: dict, layer: str, default: float) -> float:
+    """Return the value of the first name in a pattern that is the layer's or its last parts, or the default."""
+    for name, value in pattern.items():
+        if layer == name or layer.endswith(f".{name}"):
+            return value
+    return default
 
 
 def adapter_names(folder: Path) -> dict[str, str]:
@@ -534,13 +590,14 @@ def check_adapter(folder: Path):
     Raise ValueError or FileNotFoundError unless a folder holds a plain LoRA adapter, in which each layer has an A and a
     B of the rank that adapter_config.json says. To be checked without a base.
     """
-    rank = read_adapter_config(folder)["r"]
+    config = read_adapter_config(folder)
     names = adapter_names(folder)
     shapes = read_header(folder / ADAPTER_WEIGHTS)
     modules = adapted_layers(names)
     if not modules:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: it holds no adapter; save it again")
     for module in modules:
+        rank, _ = rank_and_alpha(config, module)
         A = shapes.get(names.get(f"{module}.lora_A.weight"), ())
         B = shapes.get(names.get(f"{module}.lora_B.weight"), ())
         has_rank = A[:1] == (rank,) and B[1:2] == (rank,)
@@ -570,7 +627,7 @@ def adapted_layers(names) -> list[str]:
 def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
     """Raise ValueError unless each tensor of an adapter fits the base. base_shapes: name -> shape of its tensors."""
     file = folder / ADAPTER_WEIGHTS
-    rank = read_adapter_config(folder)["r"]
+    config = read_adapter_config(folder)
     names = adapter_names(folder)
     found = read_header(file)
 
@@ -578,6 +635,7 @@ def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
     for module in adapted_layers(names):
         if f"{module}.weight" not in base_shapes:
             raise ValueError(f"{file}: adapter for {module}, which the base model does not have")
+        rank, _ = rank_and_alpha(config, module)
         out_channels, *in_shape = base_shapes[f"{module}.weight"]
         kernel_of_B = [1] * (len(in_shape) - 1)
         expected[f"{module}.lora_A.weight"] = (rank, *in_shape)
@@ -593,8 +651,8 @@ def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
             raise ValueError(f"{file}: {name} is missing, the base model makes it {shape}")
         if found[names[name]] != shape:
             raise ValueError(
-                f"{file}: {name} is {found[names[name]]}, the base model makes it {shape} (with r {rank} of "
-                f"{ADAPTER_CONFIG})"
+                f"{file}: {name} is {found[names[name]]}, the base model makes it {shape} (with the rank of "
+                f"{ADAPTER_CONFIG}, r {config['r']})"
             )
 
 

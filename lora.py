@@ -28,7 +28,7 @@ that never run (the last ViT block, the attention pool). Their A and B live in `
 parameter counts agree with the official ones.
 
 LoRA https://arxiv.org/abs/2106.09685; vla-scripts/finetune.py of github.com/openvla/openvla; the files are those of
-github.com/huggingface/peft, 0.11.1.
+github.com/huggingface/peft, 0.11.1; those of 0.21.2 are read, too.
 
 Axes: r rank, in and out channels of a layer, k width of a convolution's kernel.
 """
@@ -58,6 +58,7 @@ from checkpoint import (
     check_stored_base,
     fingerprint,
     open_checkpoint,
+    rank_and_alpha,
     read_adapter_config,
     read_layout,
 )
@@ -151,7 +152,7 @@ def add_lora(
     names = adapted_modules(model, targets)
 
     model.lora = LoRAConfig(rank, alpha, dropout, targets)
-    wrap_modules(model, names)
+    wrap_modules(model, {name: (rank, alpha) for name in names})
     return model
 
 
@@ -176,30 +177,29 @@ def adapted_modules(model: OpenVLA, targets: Iterable[str] = tuple(PARTS)) -> li
     return names
 
 
-def wrap_modules(model: OpenVLA, names: list[str]):
-    """Freeze the model and put adapters, as `model.lora` describes them, around the named modules."""
+def wrap_modules(model: OpenVLA, sizes: dict[str, tuple[int, float]]):
+    """Freeze the model and put adapters around modules. sizes: name -> rank and alpha."""
     model.requires_grad_(False)
-    for name in names:
+    for name, (rank, alpha) in sizes.items():
         if f"{name}.weight" in model.unused:
-            add_unused_adapter(model, name)
+            add_unused_adapter(model, name, rank)
         else:
-            wrap_module(model, name)
+            wrap_module(model, name, rank, alpha)
 
 
-def wrap_module(model: OpenVLA, name: str):
+def wrap_module(model: OpenVLA, name: str, rank: int, alpha: float):
     """Put a LoRALinear in the place of a module, around it."""
     parent, _, child = name.rpartition(".")
     base = model.get_submodule(name)
     tensor = next(chain(base.parameters(), base.buffers()))  # a layer in 4 bits has buffers only
 
-    wrapped = LoRALinear(base, model.lora.rank, model.lora.alpha, model.lora.dropout)
+    wrapped = LoRALinear(base, rank, alpha, model.lora.dropout)
     wrapped = wrapped.to(device=tensor.device).train(model.training)
     setattr(model.get_submodule(parent), child, wrapped)
 
 
-def add_unused_adapter(model: OpenVLA, name: str):
+def add_unused_adapter(model: OpenVLA, name: str, rank: int):
     """Make the A and B of a module that never runs, and so is only a tensor."""
-    rank = model.lora.rank
     out_channels, *in_shape = model.unused[f"{name}.weight"].shape
     kernel_of_B = [1] * (len(in_shape) - 1)  # (out, r) of a matrix, (out, r, 1, 1) of a convolution
     model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *in_shape) / rank
@@ -354,7 +354,7 @@ def load_adapter(model: OpenVLA, folder: str | Path, base: Path | None = None) -
         if has_adapter:
             targets.append(target)
     model.lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), tuple(targets))
-    wrap_modules(model, modules)
+    wrap_modules(model, {name: rank_and_alpha(config, name) for name in modules})
 
     # Fill in the weights.
     for name, tensor in adapters.items():
@@ -405,10 +405,9 @@ def merge(run: str | Path, out: str | Path, base_checkpoint: str = "", progress:
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    scaling = config["lora_alpha"] / config["r"]
     for file in progress(weight_files, "merging", "files"):
         with atomic_write(unfinished / file.name) as temporary:
-            merge_weight_file(file, temporary, adapters, scaling)
+            merge_weight_file(file, temporary, adapters, config)
     copy_other_files(checkpoint.base, run, unfinished, skip={file.name for file in weight_files})
 
     hf = read_json(checkpoint.base / "config.json")
@@ -425,8 +424,11 @@ def check_room(out: Path, weight_files: list[Path]):
         raise OSError(f"{out}: {needed / 1e9:.1f} GB needed, the disk has {free / 1e9:.1f}")
 
 
-def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], scaling: float):
-    """Copy a weight file, then overwrite each adapted tensor in the copy: only one at a time is in memory."""
+def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], config: dict):
+    """
+    Copy a weight file, then overwrite each adapted tensor in the copy: only one at a time is in memory. config: of
+    `read_adapter`.
+    """
     shutil.copyfile(source, target)
     data_start, layout = read_layout(source)
     with open(target, "rb+") as file:
@@ -439,7 +441,8 @@ def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], s
             B = adapters[f"{module}.lora_B.weight"]
             with safe_open(source, framework="pt") as base:
                 weight = base.get_tensor(name)
-            merged = lora_update(A, B, scaling).add_(weight).to(weight.dtype)
+            rank, alpha = rank_and_alpha(config, module)
+            merged = lora_update(A, B, alpha / rank).add_(weight).to(weight.dtype)
             file.seek(data_start + entry["data_offsets"][0])
             file.write(merged.flatten().view(torch.uint8).numpy())
 
