@@ -33,7 +33,7 @@ from libero_sim.jobs import parse_tasks, recorded_episodes, stored_trials, unfin
 from libero_sim.report import open_run, read_rows, report, save_grid, warn
 from libero_sim.simulator import CAMERAS, SETTLE, SUITES, set_up_libero, versions
 from libero_sim.workers import look_at_simulator, play_episode, play_jobs, read_warnings
-from policy import Policy, load_policy, pick_device, pick_dtype, predict_chunk, uses_center_crop
+from policy import Policy, load_policy, pick_device, pick_dtype, pick_engine, predict_chunk, uses_center_crop
 from progress import show_progress
 
 POLICIES = ("checkpoint", "noop", "random", "expert", "replay")  # all but the first check the simulator itself
@@ -49,6 +49,7 @@ class Config:
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says, else yes
     device: str = "auto"
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 on cuda, else as the weights are stored
+    engine: str = "auto"  # generate in fewer passes (speed/engine.py): auto, on, off
     open_loop: int = 0  # actions of an OFT chunk that are carried out before the next question; 0: all
     replay: str = ""  # for --policy replay: an episode's .npz, or a run's folder
     perturbations: float = 0.0  # share of the expert's steps that go astray: so demonstrations show how to recover
@@ -81,6 +82,7 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
     checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
     unnorm_key = choose_statistics(checkpoint, cfg)
     policy = load_policy(checkpoint, dtype, device, show_progress)
+    policy.engine = pick_engine(policy, cfg.engine)
 
     if policy.num_images > len(CAMERAS):
         raise ValueError(f"{cfg.checkpoint} takes {policy.num_images} images, LIBERO has {len(CAMERAS)} cameras")
@@ -136,9 +138,14 @@ def list_weights(checkpoint: Checkpoint) -> list[tuple]:
 
 
 def answer(policy: Policy, unnorm_key: str, cfg: Config, questions: list[tuple]) -> np.ndarray:
-    """Questions of B episodes, (images, instruction, state) each -> the actions to carry out (B, K, A)."""
-    images, instructions, states = zip(*questions, strict=True)
-    chunks = predict_chunk(policy, images, instructions, np.stack(states), unnorm_key, cfg.center_crop)
+    """
+    Questions of B episodes, (images, instruction, state, previous) each -> the actions to carry out (B, K, A).
+    previous: the last action of the episode, zeros at its start.
+    """
+    images, instructions, states, previous = zip(*questions, strict=True)
+    chunks = predict_chunk(
+        policy, images, instructions, np.stack(states), unnorm_key, cfg.center_crop, np.stack(previous)
+    )
     if cfg.open_loop:
         chunks = chunks[:, : cfg.open_loop]
     return chunks

@@ -34,6 +34,7 @@ from policy import (
     missing_preprocessing_note,
     pick_device,
     pick_dtype,
+    pick_engine,
     predict_action,
     predict_chunk,
 )
@@ -56,6 +57,7 @@ class Config:
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16; auto: bfloat16 on cuda, else as the weights are stored
+    engine: str = "auto"  # generate in fewer passes (speed/engine.py): auto, on, off
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says that it was trained
     json: bool = False  # print one JSON line
 
@@ -79,6 +81,7 @@ def main(cfg: Config):
         check_inputs(checkpoint, instructions, unnorm_key, cfg)
 
         policy = load_policy(checkpoint, dtype, device, show_progress)
+        policy.engine = pick_engine(policy, cfg.engine)
         loaded = time.perf_counter()
         note = missing_preprocessing_note(policy)
         if note and cfg.center_crop is None:

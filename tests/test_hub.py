@@ -243,12 +243,12 @@ def test_command_line(server, source, tmp_path):
 # Adapters
 
 
-def make_adapter(run, source, base):
+def make_adapter(run, source, base, has_record=False):
     """Train nothing, write an adapter of `base` with all that a run writes besides."""
     model = lora.add_lora(OpenVLA.from_pretrained(source, torch.float32), rank=2)
     for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.05, generator=torch.Generator().manual_seed(0))
-    lora.save_adapter(model, run, base)
+    lora.save_adapter(model, run, base, has_record=has_record)
     for name in ("tokenizer.model", "preprocessor_config.json", "dataset_statistics.json"):
         shutil.copy(source / name, run)
     return run
@@ -329,7 +329,7 @@ def test_push_an_adapter(server, source, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     with complete_export(run):
-        make_adapter(run, source, source)
+        make_adapter(run, source, source, has_record=True)
     (run / "metrics.jsonl").write_text('{"step": 10, "loss": 0.25}\n')
     with pytest.raises(ValueError, match="its base is .*m, which other machines do not have; give its name on the hub"):
         convert_weights.push(run, "me/adapter")
