@@ -45,6 +45,10 @@ class Refused(ValueError):
     """The server has answered that the request is wrong. The same one would be refused again."""
 
 
+class Busy(ConnectionError):
+    """The server is there, and has no time for this request now."""
+
+
 # -----------------------------------------------------------------------------
 # Questions to the server
 
@@ -138,18 +142,21 @@ class PolicyClient:
 
     def ask_once(self, method: str, path: str, body: bytes | None, content_type: str, end: float):
         """Return the JSON content of an answer that comes before `end`. Raises OSError, HTTPException or Refused."""
-        was_open = self.connection is not None
-        try:
-            return self.exchange(method, path, body, content_type, end)
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            if is_timeout(error) or time.monotonic() >= end:
-                raise TimeoutError(f"{self.address.netloc} gave no answer within {self.timeout:g} s") from None
-            if not was_open:
+        if self.connection is not None:
+            try:
+                return self.exchange_or_close(method, path, body, content_type, end)
+            except (Busy, TimeoutError):
                 raise
-        # The server closes connections that are idle. A new one tells whether it is still there.
+            except (OSError, http.client.HTTPException):
+                pass  # the server closes connections that are idle; a new one tells whether it is still there
+        return self.exchange_or_close(method, path, body, content_type, end)
+
+    def exchange_or_close(self, method: str, path: str, body: bytes | None, content_type: str, end: float):
+        """Do as `exchange`, and close the connection if no whole answer came: a late one must never be read."""
         try:
             return self.exchange(method, path, body, content_type, end)
+        except Busy:
+            raise
         except (OSError, http.client.HTTPException) as error:
             self.close()
             if is_timeout(error):
@@ -172,7 +179,7 @@ class PolicyClient:
         response = self.connection.getresponse()
         content = read_answer(response)
         if response.status in BUSY:
-            raise ConnectionError(f"status {response.status}, {content}")
+            raise Busy(f"status {response.status}, {content}")
         if response.status != 200:
             reason = content.get("error", content) if isinstance(content, dict) else content
             raise Refused(f"{self.address.netloc}{path}: {response.status}: {reason}")

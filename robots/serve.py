@@ -298,7 +298,10 @@ def check_previous(previous, action_dim: int) -> np.ndarray:
     """Return the last action (A,) float64; zeros if the request has none. Raises ValueError if it is wrong."""
     if previous is None:
         return np.zeros(action_dim)
-    array = np.asarray(previous, np.float64)
+    try:
+        array = np.asarray(previous, np.float64)
+    except (ValueError, TypeError):
+        array = np.empty(0)
     if array.shape != (action_dim,) or not np.isfinite(array).all():
         raise ValueError(f'"previous" must be the last action, {action_dim} finite numbers, got {previous!r:.80}')
     return array

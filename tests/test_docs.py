@@ -116,6 +116,7 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m toy.world --name toy_chunks*": INNER,
     "python finetune_oft.py --config toy_oft.py*": INNER,
     "python -m toy.play --controls False*": INNER,
+    "python -m toy.delays*": "tests/test_client.py runs its parts",
     "python -m bench drafts*": BY_HAND,
     "python -m bench enlarge*": BY_HAND,
     "python -m bench data*": BY_HAND,
@@ -148,6 +149,8 @@ PYTHON_ELSEWHERE = {  # words of a Python block of a page -> the test that runs 
     "oxe.Dataset(name=": "tests/test_data.py",
     "Samples(": "tests/test_own_data.py",
     "# client.py": "tests/test_serve.py",
+    "# control.py": "tests/test_client.py",
+    "# ros2_node.py": "needs ROS 2: untried, as the page says",
     "LeRobot(": "tests/test_own_data.py",
 }
 
