@@ -86,20 +86,14 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
 
     if policy.num_images > len(CAMERAS):
         raise ValueError(f"{cfg.checkpoint} takes {policy.num_images} images, LIBERO has {len(CAMERAS)} cameras")
-    processor = policy.processor
-    if not processor.trained_on:
-        # A checkpoint of the official code has no such record. This is what its LIBERO models were trained on.
-        processor.trained_on = CROPPED
-        warn(f"{cfg.checkpoint} has no record of its preprocessing: taking the official one, {processor.trained_on}")
-    if JPEG not in processor.trained_on:  # as the images of LIBERO's training sets were stored
-        processor.trained_on = (JPEG, *processor.trained_on)
+    prepare_as_trained(policy)
     if cfg.center_crop is False and uses_center_crop(policy):
         warn("this policy was trained on random crops: without the centre crop it sees everything too small")
 
     facts = {
         "unnorm_key": unnorm_key,
         "center_crop": uses_center_crop(policy, cfg.center_crop),
-        "trained_on": processor.trained_on,
+        "trained_on": policy.processor.trained_on,
         "dtype": str(policy.dtype).removeprefix("torch."),
         "weights": list_weights(checkpoint),
     }
@@ -107,6 +101,17 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
         facts["oft"] = asdict(policy.model.oft)
         facts["open_loop"] = cfg.open_loop
     return policy, facts
+
+
+def prepare_as_trained(policy: Policy):
+    """Let a policy see LIBERO's images as those that its training set held, also where its folder does not say how."""
+    processor = policy.processor
+    if not processor.trained_on:
+        # A checkpoint of the official code has no such record. This is what its LIBERO models were trained on.
+        processor.trained_on = CROPPED
+        warn(f"{policy.checkpoint} has no record of its preprocessing: taking the official one, {processor.trained_on}")
+    if JPEG not in processor.trained_on:  # as the images of LIBERO's training sets were stored
+        processor.trained_on = (JPEG, *processor.trained_on)
 
 
 def choose_statistics(checkpoint: Checkpoint, cfg: Config) -> str:

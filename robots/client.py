@@ -112,7 +112,7 @@ class PolicyClient:
         end = time.monotonic() + seconds
         while True:
             try:
-                self.ask_once("GET", "/health", None, "", end)
+                self.ask_once("GET", "/health", None, "", time.monotonic() + self.timeout)
                 return
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() + RETRY_SECONDS > end:
