@@ -118,6 +118,7 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m toy.play --controls False*": INNER,
     "python -m robots.harness*": "tests/test_harness.py asks it with the client of vla-eval",
     "pip install vla-eval": "what it is for is tested in tests/test_harness.py",
+    "python -m toy.world --lerobot*": "tests/test_write_lerobot.py",
     "python -m toy.delays*": "tests/test_client.py runs its parts",
     "python -m bench drafts*": BY_HAND,
     "python -m bench enlarge*": BY_HAND,
