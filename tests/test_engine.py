@@ -199,9 +199,13 @@ def test_chunks_with_previous_actions(folders, tmp_path):
     images = [[np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)] for i in range(3)]
     want = predict_chunk(policy, images, ["go", "lift it", "go"], unnorm_key="toy")
     policy.engine = pick_engine(policy, "auto")
+    generate = policy.engine.generate
+    drafts = []
+    policy.engine.generate = lambda *inputs: drafts.append(inputs[-1]) or generate(*inputs)
     for previous in (None, want[:, 0], np.full((3, 7), 0.3)):
         found = predict_chunk(policy, images, ["go", "lift it", "go"], unnorm_key="toy", previous=previous)
         np.testing.assert_array_equal(found, want)
+    assert not torch.equal(drafts[0], drafts[1]) and not torch.equal(drafts[0], drafts[2])  # the last action
 
 
 def test_adapters_and_oft_are_refused(folders):
