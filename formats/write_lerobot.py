@@ -259,7 +259,11 @@ def write_meta(folder: Path, shapes: dict, tasks: dict[str, int], rows: list[dic
     write_json(folder / "meta" / "stats.json", {name: combine(rows, name) for name in features})
 
     # pandas takes the instruction as the index of this table, as the package writes it.
-    about = {"index_columns": ["task"], "column_indexes": [], "columns": [], "pandas_version": "2.2.0"}
+    columns = []
+    for name, kind, stored in (("task_index", "int64", "int64"), ("task", "unicode", "object")):
+        columns.append({"name": name, "field_name": name, "pandas_type": kind, "numpy_type": stored, "metadata": None})
+    names = {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    about = {"index_columns": ["task"], "column_indexes": [names], "columns": columns, "pandas_version": "2.2.0"}
     table = pyarrow.table({"task_index": list(tasks.values()), "task": list(tasks)})
     parquet.write_table(table.replace_schema_metadata({"pandas": json.dumps(about)}), folder / "meta" / "tasks.parquet")
     (folder / EPISODES_PATH).parent.mkdir(parents=True)

@@ -85,6 +85,8 @@ def test_the_files_are_those_of_the_package(written):
             assert field.name in columns.names, field.name
             assert columns.field(field.name).type == field.type or "list" in str(field.type), field
         assert (columns.metadata or {}).keys() >= (parquet.read_schema(golden / name).metadata or {}).keys()
+    about = json.loads(parquet.read_schema(written / "meta/tasks.parquet").metadata[b"pandas"])
+    assert [column["name"] for column in about["columns"]] == ["task_index", "task"]  # else pandas cannot read it
     rows = parquet.read_table(written / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
     assert [(row["dataset_from_index"], row["dataset_to_index"]) for row in rows] == [(0, 5), (5, 11), (11, 18)]
     stats = json.loads((written / "meta" / "stats.json").read_text())
