@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fast import ACTION_TOKENIZER, FAST, FAST_FOLDER, MAX_VOCAB
 from files import read_json, read_json_object, refuse_special, write_json
+from hub import HUB_PREFIX, OUR_FOLDERS, find_model, is_hub_name
 from image import CROPPED, ImageProcessor
 from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
 from speed.quantize import use_quantized_layers
@@ -38,6 +39,8 @@ OFFICIAL_ADAPTER = "lora_adapter"  # the folder in a run of the official OFT scr
 OFT_RECORD = "oft_config.json"
 EXPORT_RECORD = "export.json"  # of a LoRA or OFT run: a fingerprint of each file of its last complete export
 STATISTICS = "dataset_statistics.json"
+# How the official scripts note their base: the place where it was in their cache.
+IN_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>\w+)")
 COMPONENT_ENDING = "checkpoint.pt"  # of the parts that OFT adds: NAME--latest_checkpoint.pt, NAME--150000_checkpoint.pt
 
 # How safetensors files call the dtypes that weights may have. (Those of our quantized folders are integers besides.)
@@ -171,21 +174,25 @@ class Checkpoint:
 # Open a folder
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, base_checkpoint: str | Path = "") -> Checkpoint:
     """
     Check that a folder is complete, and return what is known about it. A LoRA run is checked with its base, and has the
-    statistics of the data that it was trained on, not those of the base.
+    statistics of the data that it was trained on, not those of the base. A name of the hub is downloaded (hub.py).
+
+    base_checkpoint: of a LoRA run, its base; "": what its adapter_config.json says, see `base_of`.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder{hint_for_missing(folder)}")
     if folder.name == OFFICIAL_ADAPTER and (folder.parent / STATISTICS).is_file():
         raise ValueError(
             f"{folder}: only the adapter of an OFT policy; give the folder of all its parts, {folder.parent}"
         )
-    base = base_of(folder)
+    base = base_of(folder, base_checkpoint)
     if base:
         return open_lora_run(folder, base)
+    if base_checkpoint:
+        raise ValueError(f"{folder} is no LoRA run and has no base; leave out --base_checkpoint {base_checkpoint}")
 
     file = folder / "config.json"
     if not file.is_file() and not file.is_symlink():
@@ -311,31 +318,67 @@ def adapter_folder(folder: str | Path) -> Path | None:
     return None
 
 
-def base_of(folder: str | Path) -> Path | None:
+def base_of(folder: str | Path, given: str | Path = "") -> Path | None:
     """
-    The base checkpoint of a LoRA run, from its adapter_config.json; None for a folder that is no LoRA run. The name
-    that stands there is looked for as it is, inside the run and beside it. Raises FileNotFoundError or ValueError.
+    Return the base checkpoint of a LoRA run, or None for a folder that is no LoRA run. given: its name, a folder or a
+    name of the hub; "": that of adapter_config.json, which is looked for as it is, inside the run, beside it and on the
+    hub. Raises FileNotFoundError or ValueError.
     """
     folder = Path(folder)
     adapter = adapter_folder(folder)
     if not adapter:
         return None
+    if given:
+        base = find_model(given)
+        if not base.is_dir():
+            raise FileNotFoundError(f"--base_checkpoint {given}: no such folder{hint_for_missing(base)}")
+        return base
 
     file = adapter / ADAPTER_CONFIG
+    name = base_name(file)
+    for place in places_of_base(folder, name):
+        if place.is_dir():
+            return place
+    on_hub = hub_name_of_base(file)
+    if on_hub:
+        try:
+            return find_model(on_hub)
+        except OSError as error:
+            raise FileNotFoundError(f"{file}: its base checkpoint, {error}; or give --base_checkpoint FOLDER") from None
+    raise FileNotFoundError(
+        f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to its folder, or give "
+        f"--base_checkpoint FOLDER{hint_for_missing(Path(name))}"
+    )
+
+
+def base_name(file: Path) -> str:
+    """Return what an adapter_config.json calls its base; "" if nothing. Raises ValueError."""
     name = read_json_object(file).get("base_model_name_or_path") or ""
     if not isinstance(name, str):
         raise ValueError(f"{file}: base_model_name_or_path is {name!r}, it must be the folder of the base checkpoint")
-    if name:
-        # The official scripts note where it was in their cache: .../models--openvla--openvla-7b/snapshots/47a0ec7...
-        in_cache = re.search(r"models--[^/]+--([^/]+)/snapshots/", name)
-        short_name = in_cache[1] if in_cache else Path(name).name
-        for place in (Path(name).expanduser(), folder / name, folder.parent / short_name):
-            if place.is_dir():
-                return place
-    raise FileNotFoundError(
-        f"{file}: the base checkpoint {name!r} is not there; set base_model_name_or_path to its folder"
-        f"{hint_for_missing(Path(name))}"
-    )
+    return name
+
+
+def places_of_base(folder: Path, name: str) -> list[Path]:
+    """Return the folders that a LoRA run's base of this name may be."""
+    if not name:
+        return []
+    in_cache = IN_CACHE.search(name)
+    short_name = in_cache["name"] if in_cache else Path(name).name
+    return [Path(name).expanduser(), folder / name, folder.parent / short_name]
+
+
+def hub_name_of_base(file: Path) -> str:
+    """Return the name on the hub of the base of an adapter_config.json, as hub.py takes it; "" if it has none."""
+    name = base_name(file)
+    in_cache = IN_CACHE.search(name)
+    if in_cache:
+        return f"{HUB_PREFIX}{in_cache['owner']}/{in_cache['name']}@{in_cache['commit']}"
+    name = f"{HUB_PREFIX}{name}"
+    if not is_hub_name(name) or Path(base_name(file)).parts[0] in OUR_FOLDERS:
+        return ""
+    revision = read_json_object(file).get("revision")  # PEFT's key for the revision of the base
+    return f"{name}@{revision}" if isinstance(revision, str) and "@" not in name else name
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -366,7 +409,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: str | Path) -> str:
     """A hash of a checkpoint's weights: sixteen places of each file, as reading all of it would take minutes."""
-    return fingerprint_files(weight_files(Path(folder)))
+    return fingerprint_files(weight_files(find_model(folder)))
 
 
 def fingerprint_files(paths: list[Path]) -> str:
@@ -408,10 +451,9 @@ def hint_for_missing(folder: Path) -> str:
     """Return how to get a checkpoint that may be meant by the name of a folder that is not there."""
     if folder.is_file():
         return "; it is a file: give the folder that it is in"
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.exists()
-    if not is_hub_name:
-        return ""
-    return f"; if it is a name on huggingface.co, download it: hf download {folder} --local-dir {folder.name}"
+    if is_hub_name(f"{HUB_PREFIX}{folder}") and str(folder.parent) not in OUR_FOLDERS:
+        return f"; if it is a name on huggingface.co, and no folder: {HUB_PREFIX}{folder}"
+    return ""
 
 
 def hint_for_other(folder: Path) -> str:
@@ -450,23 +492,32 @@ PEFT_PREFIX = "base_model.model."  # before each of our names
 # is merged into the base, which has no modules of that name.
 FILM_PREFIX = "vision_backbone.vision_backbone."
 
-# What adapter_config.json must say, if it says anything of it. PEFT knows more kinds of adapters.
+# What adapter_config.json must say, if it says anything of it. PEFT (0.21) knows more kinds of adapters.
 PLAIN_LORA = {
     "peft_type": "LORA",
     "bias": "none",
     "use_dora": False,
-    "use_rslora": False,
     "use_qalora": False,
+    "use_bdlora": None,
     "lora_bias": False,
     "modules_to_save": None,
     "fan_in_fan_out": False,
-    "alpha_pattern": {},
-    "rank_pattern": {},
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
     "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+
+# What says which layers an adapter has (their tensors tell), how it started or trained, or something about the file.
+WITHOUT_EFFECT = (
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
+    "exclude_modules layers_to_transform layers_pattern megatron_config megatron_core qalora_group_size loftq_config "
+    "eva_config corda_config lora_ga_config velora_config runtime_config ensure_weight_tying"
+).split()
+READ_HERE = ("r", "lora_alpha", "lora_dropout", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern")
 # How A and B may have started. PiSSA, OLoRA, CorDA, LoftQ and others change the base as well: their adapter is wrong on
 # the base that is in the files.
 PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "orthogonal", "eva")
@@ -481,6 +532,13 @@ def read_adapter_config(folder: Path) -> dict:
         is_off = not value and not expected  # None, False and {} all say that it is not used
         if value != expected and not is_off:
             raise ValueError(f"{file}: {key} is {value!r}; only plain LoRA is read here, {expected!r}")
+    for key, value in config.items():
+        is_known = key in PLAIN_LORA or key in WITHOUT_EFFECT or key in READ_HERE
+        if value and not is_known:
+            raise ValueError(
+                f"{file}: {key} is {value!r:.80}, which this code does not know and so cannot apply; if it changes "
+                f"nothing in what the adapter computes, remove the key"
+            )
 
     start = config.get("init_lora_weights")
     if isinstance(start, str):
@@ -496,10 +554,50 @@ def read_adapter_config(folder: Path) -> dict:
     alpha = config.get("lora_alpha")
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise ValueError(f"{file}: lora_alpha is {alpha!r}, it must be a number above 0")
+    if type(config.get("use_rslora", False)) is not bool:
+        raise ValueError(f"{file}: use_rslora is {config['use_rslora']!r}, it must be true or false")
+    check_pattern(file, "rank_pattern", config, lambda value: type(value) is int and value > 0)
+    check_pattern(file, "alpha_pattern", config, lambda value: type(value) in (int, float) and 0 < value < math.inf)
     dropout = config.get("lora_dropout", 0.0)
     if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
         raise ValueError(f"{file}: lora_dropout is {dropout!r}, it must be a number from 0 to 1")
     return config
+
+
+def check_pattern(file: Path, key: str, config: dict, is_good: Callable):
+    """
+    Raise ValueError unless rank_pattern or alpha_pattern of an adapter_config.json is {name of a layer: value}. PEFT
+    takes any regular expression there; one from a stranger's file could take forever.
+    """
+    pattern = config.get(key) or {}
+    if not isinstance(pattern, dict) or not all(is_good(value) for value in pattern.values()):
+        raise ValueError(f"{file}: {key} is {pattern!r:.80}, it must be {{name: number above 0}}")
+    for name in pattern:
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(
+                f"{file}: {key} has the pattern {name!r:.80}; only names of layers are read here, or their last parts, "
+                f"such as q_proj; write one entry for each"
+            )
+
+
+def rank_and_alpha(config: dict, layer: str) -> tuple[int, float]:
+    """
+    Return rank and alpha of a layer, such that alpha / rank scales its adapter. config: of `read_adapter_config`.
+    Rank-stabilised LoRA (https://arxiv.org/abs/2312.03732) has alpha / sqrt(rank).
+    """
+    rank = value_of_layer(config.get("rank_pattern") or {}, layer, config["r"])
+    alpha = value_of_layer(config.get("alpha_pattern") or {}, layer, config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha = alpha * math.sqrt(rank)
+    return rank, alpha
+
+
+def value_of_layer(pattern: dict, layer: str, default: float) -> float:
+    """Return the value of the first name in a pattern that is the layer's or its last parts, or the default."""
+    for name, value in pattern.items():
+        if layer == name or layer.endswith(f".{name}"):
+            return value
+    return default
 
 
 def adapter_names(folder: Path) -> dict[str, str]:
@@ -526,13 +624,14 @@ def check_adapter(folder: Path):
     Raise ValueError or FileNotFoundError unless a folder holds a plain LoRA adapter, in which each layer has an A and a
     B of the rank that adapter_config.json says. To be checked without a base.
     """
-    rank = read_adapter_config(folder)["r"]
+    config = read_adapter_config(folder)
     names = adapter_names(folder)
     shapes = read_header(folder / ADAPTER_WEIGHTS)
     modules = adapted_layers(names)
     if not modules:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: it holds no adapter; save it again")
     for module in modules:
+        rank, _ = rank_and_alpha(config, module)
         A = shapes.get(names.get(f"{module}.lora_A.weight"), ())
         B = shapes.get(names.get(f"{module}.lora_B.weight"), ())
         has_rank = A[:1] == (rank,) and B[1:2] == (rank,)
@@ -562,7 +661,7 @@ def adapted_layers(names) -> list[str]:
 def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
     """Raise ValueError unless each tensor of an adapter fits the base. base_shapes: name -> shape of its tensors."""
     file = folder / ADAPTER_WEIGHTS
-    rank = read_adapter_config(folder)["r"]
+    config = read_adapter_config(folder)
     names = adapter_names(folder)
     found = read_header(file)
 
@@ -570,6 +669,7 @@ def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
     for module in adapted_layers(names):
         if f"{module}.weight" not in base_shapes:
             raise ValueError(f"{file}: adapter for {module}, which the base model does not have")
+        rank, _ = rank_and_alpha(config, module)
         out_channels, *in_shape = base_shapes[f"{module}.weight"]
         kernel_of_B = [1] * (len(in_shape) - 1)
         expected[f"{module}.lora_A.weight"] = (rank, *in_shape)
@@ -585,8 +685,8 @@ def check_adapter_fits(folder: Path, base_shapes: dict[str, tuple]):
             raise ValueError(f"{file}: {name} is missing, the base model makes it {shape}")
         if found[names[name]] != shape:
             raise ValueError(
-                f"{file}: {name} is {found[names[name]]}, the base model makes it {shape} (with r {rank} of "
-                f"{ADAPTER_CONFIG})"
+                f"{file}: {name} is {found[names[name]]}, the base model makes it {shape} (with the rank of "
+                f"{ADAPTER_CONFIG}, r {config['r']})"
             )
 
 

@@ -6,6 +6,7 @@ Checkpoints from one form into another: a folder in, a folder out.
     python convert_weights.py merge-lora RUN OUT
     python convert_weights.py quantize FOLDER OUT --bits 4
     python convert_weights.py check FOLDER                                     # what is it, and who can load it?
+    python convert_weights.py push FOLDER owner/name                           # to the Hugging Face hub, with a card
 
     training run (Prismatic) <--> Hugging Face layout <-- LoRA run + its base checkpoint
                                           |
@@ -26,6 +27,7 @@ import argparse
 import json
 import math
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -39,15 +41,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import (
     ADAPTER_CONFIG,
+    EXPORT_RECORD,
+    OFFICIAL_ADAPTER,
     STATISTICS,
     Checkpoint,
     adapted_layers,
     adapter_folder,
     adapter_names,
+    base_name,
     base_of,
     check_adapter,
+    fingerprint_files,
+    hub_name_of_base,
     is_oft,
     open_checkpoint,
+    places_of_base,
     read_adapter_config,
     weight_files,
 )
@@ -71,9 +79,12 @@ from formats.prismatic_run import (
     timm_ids,
     to_prismatic,
 )
+from hub import choose_model_files, find_cached_model, find_model, is_hub_name, parse_hub_name, upload
 from image import ImageProcessor
+from lora import describe_base
 from lora import merge as merge_lora
 from model import INDEX, SHARD_BYTES, OpenVLAConfig, is_unused, split_into_shards, weight_map
+from model_card import write_card
 from oft import check_components, read_record
 from policy import dataset_stats
 from progress import no_progress, show_progress
@@ -296,7 +307,7 @@ def hf_to_prismatic(folder: str | Path, out: str | Path, progress: Callable = no
     Convert a folder in Hugging Face layout into a training run, from which the official training script can go on.
     Prints what keeps it from doing so. Raises ValueError or OSError before anything is written.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     out = Path(out)
     refuse_lora_run(folder)
     checkpoint = open_checkpoint(folder)
@@ -378,7 +389,7 @@ def quantize_folder(
     it. group: of 4 bits, how many inputs share a scale. `out` appears when it is whole.
     Raises ValueError or OSError before anything is written.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     out = Path(out)
     checkpoint = check_quantizable(folder, out, bits, group)
 
@@ -499,17 +510,17 @@ class Description:
     incomplete: str = ""  # what is missing or wrong, if anything is
 
 
-def check(folder: str | Path) -> bool:
+def check(folder: str | Path, base_checkpoint: str = "") -> bool:
     """
     Print what a folder is and who can load it. Returns False if something is missing or wrong. Raises ValueError or
-    FileNotFoundError if it is no checkpoint.
+    FileNotFoundError if it is no checkpoint. base_checkpoint: of an adapter, see `open_checkpoint`.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     kind = kind_of(folder)
     print(f"{folder}: {kind}")
     try:
         if kind == ADAPTER:
-            description = describe_adapter(folder)
+            description = describe_adapter(folder, base_checkpoint)
         elif kind == RUN:
             description = describe_run(folder)
         else:
@@ -590,8 +601,11 @@ def describe_run(folder: Path) -> Description:
     return Description(lines, official_limits(tensors, config))
 
 
-def describe_adapter(folder: Path) -> Description:
-    """Describe a LoRA adapter. Raises ValueError or OSError if it is not whole, or does not fit its base."""
+def describe_adapter(folder: Path, base_checkpoint: str = "") -> Description:
+    """
+    Describe a LoRA adapter. Raises ValueError or OSError if it is not whole, or does not fit its base. A base that is
+    on the hub only is not downloaded for that.
+    """
     adapter = adapter_folder(folder)
     check_adapter(adapter)
     config = read_adapter_config(adapter)
@@ -600,13 +614,17 @@ def describe_adapter(folder: Path) -> Description:
         f"rank {config['r']}, alpha {config['lora_alpha']}, on {config.get('base_model_name_or_path')}",
         f"complete: {len(layers)} layers, each with lora_A and lora_B of that rank",
     ]
+    on_hub = hub_name_of_base(adapter / ADAPTER_CONFIG)
+    if on_hub and not base_checkpoint and not is_here(folder, on_hub):
+        lines.append(f"loads in this code: with its base checkpoint {on_hub}, which is downloaded then")
+        return Description(lines)
     try:
-        base_of(folder)
+        base_of(folder, base_checkpoint)
     except FileNotFoundError as error:
         lines.append(f"loads in this code: with its base checkpoint, but {error}")
         return Description(lines)
 
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, base_checkpoint)
     lines += describe_oft(checkpoint)
     lines += describe_fast(checkpoint)
     lines += describe_actions(checkpoint.norm_stats)
@@ -615,6 +633,14 @@ def describe_adapter(folder: Path) -> Description:
     if checkpoint.fast:
         problems.append(FAST_NOTE)
     return Description(lines, problems)
+
+
+def is_here(folder: Path, on_hub: str) -> bool:
+    """True if the base of an adapter is on this machine: where `base_of` looks, or in the hub's cache."""
+    name = base_name(adapter_folder(folder) / ADAPTER_CONFIG)
+    if any(place.is_dir() for place in places_of_base(folder, name)):
+        return True
+    return find_cached_model(on_hub) is not None
 
 
 def describe_oft(checkpoint: Checkpoint) -> list[str]:
@@ -661,7 +687,76 @@ def robot_of(dataset: str) -> str:
 
 
 # -----------------------------------------------------------------------------
+# push: folder -> the hub
+
+
+def push(folder: str | Path, name: str, private: bool = False, base_checkpoint: str = "") -> str:
+    """
+    Upload a folder that is complete to a repository of the hub, in one commit, with a model card. Returns the address.
+
+    Only files that are read go up. base_checkpoint: of an adapter, its base; a name of the hub takes the place of
+    base_model_name_or_path there, so that the adapter finds its base on other machines, too.
+    Raises ValueError or OSError before anything is uploaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    repository = parse_hub_name(name)
+    checkpoint = open_checkpoint(folder, base_checkpoint)
+    checkpoint.check_copied_files()
+
+    present = [path.relative_to(folder).as_posix() for path in folder.glob("*") if path.is_file()]
+    present += [path.relative_to(folder).as_posix() for path in folder.glob(f"{OFFICIAL_ADAPTER}/*") if path.is_file()]
+    chosen = choose_model_files(sorted(present), str(folder), lambda: folder / INDEX)
+    files = {file: folder / file for file in chosen}
+    base = ""
+    if checkpoint.adapter:
+        base = base_for_others(checkpoint, base_checkpoint)
+        files.update(with_base(checkpoint, base))
+
+    facts = describe_adapter(folder, base_checkpoint).lines if checkpoint.adapter else describe_model(folder).lines
+    about = [fact for fact in facts if not fact.startswith(ABOUT_THIS_MACHINE)]
+    card = write_card(checkpoint, repository.name, base, about)
+    return upload({**files, "README.md": card.encode()}, name, f"Upload {folder.name}", private)
+
+
+ABOUT_THIS_MACHINE = ("rank", "loads in this code", "complete")  # lines of `check` that a model card does not need
+
+
+def base_for_others(checkpoint: Checkpoint, base_checkpoint: str) -> str:
+    """Return the name on the hub of an adapter's base. Raises ValueError if it is a folder of this machine only."""
+    base = hub_name_of_base(checkpoint.adapter / ADAPTER_CONFIG)
+    if base_checkpoint:
+        base = str(base_checkpoint) if is_hub_name(base_checkpoint) else ""
+    if not base:
+        raise ValueError(
+            f"{checkpoint.folder}: its base is {checkpoint.base}, which other machines do not have; give its name on "
+            f"the hub (--base_checkpoint openvla/openvla-7b), or push the whole model (merge-lora)"
+        )
+    return base
+
+
+def with_base(checkpoint: Checkpoint, base: str) -> dict[str, bytes]:
+    """Return the adapter_config.json that names a base on the hub, and the record of an export that belongs to it."""
+    config = read_json(checkpoint.adapter / ADAPTER_CONFIG)
+    text = json.dumps({**config, **describe_base(base)}, indent=2).encode()
+    place = (checkpoint.adapter / ADAPTER_CONFIG).relative_to(checkpoint.folder).as_posix()
+    files = {place: text}
+    if (checkpoint.folder / EXPORT_RECORD).is_file():
+        record = read_json(checkpoint.folder / EXPORT_RECORD)
+        with tempfile.TemporaryDirectory() as folder:
+            changed = Path(folder) / ADAPTER_CONFIG
+            changed.write_bytes(text)
+            record = {**record, ADAPTER_CONFIG: fingerprint_files([changed])}
+        files[EXPORT_RECORD] = json.dumps(record, indent=2).encode()
+    return files
+
+
+# -----------------------------------------------------------------------------
 # Command line
+
+
+BASE_HELP = "base of the adapter, a folder or a name on the hub; default: as its adapter_config.json says"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -693,6 +788,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("merge-lora", help="a LoRA run and its base checkpoint -> Hugging Face layout")
     command.add_argument("source", help="run folder of finetune_lora.py or finetune_oft.py, or an adapter of PEFT")
     command.add_argument("out", help="new folder, in Hugging Face layout")
+    command.add_argument("--base_checkpoint", default="", help=BASE_HELP)
 
     command = commands.add_parser("quantize", help="Hugging Face layout -> the same in 8 or 4 bits, for inference")
     command.add_argument("source", help="folder in Hugging Face layout")
@@ -706,7 +802,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("check", help="what a folder is, if it is complete, and who can load it")
-    command.add_argument("source", help="folder")
+    command.add_argument("source", help="folder, or a name on the hub")
+    command.add_argument("--base_checkpoint", default="", help=BASE_HELP)
+
+    command = commands.add_parser("push", help="a folder that is complete -> a repository of the Hugging Face hub")
+    command.add_argument("source", help="folder in Hugging Face layout, or a LoRA run")
+    command.add_argument("name", help="owner/name of the repository; it is made if there is none")
+    command.add_argument("--private", action="store_true", help="make a private repository")
+    command.add_argument("--base_checkpoint", default="", help=f"{BASE_HELP}. A name on the hub is written down")
     return parser
 
 
@@ -725,12 +828,14 @@ def run_command(args: argparse.Namespace) -> int:
     elif args.command == "hf-to-prismatic":
         hf_to_prismatic(args.source, args.out, progress=show_progress)
     elif args.command == "merge-lora":
-        merge_lora(args.source, args.out, progress=show_progress)
+        merge_lora(args.source, args.out, base_checkpoint=args.base_checkpoint, progress=show_progress)
     elif args.command == "quantize":
         quantize_folder(args.source, args.out, bits=args.bits, group=args.group, progress=show_progress)
     elif args.command == "check":
-        is_good = check(args.source)
+        is_good = check(args.source, args.base_checkpoint)
         return 0 if is_good else 2
+    elif args.command == "push":
+        print(push(args.source, args.name, private=args.private, base_checkpoint=args.base_checkpoint))
     return 0
 
 

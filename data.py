@@ -37,6 +37,7 @@ from formats.dataset import HOLD_OUT, RobotDataset
 from formats.rlds import RLDS
 from formats.samples import Samples  # noqa: F401 (so that a config file finds it beside the rest)
 from formats.workers import ignored_signals, serve_main_process
+from hub import find_data
 from image import augment, decode, resize_lanczos3, to_rgb
 from normalize import normalize
 from progress import no_progress
@@ -109,9 +110,18 @@ def name_of_mixture(data_mix) -> str:
     return "+".join(names).replace("/", "_")
 
 
+def names_of_folders(data_mix) -> list[str]:
+    """Return the names of the datasets of a mixture that lie in --data_root_dir."""
+    names = []
+    for what, _ in parse_mixture(data_mix):
+        if isinstance(what, str | oxe.Dataset):
+            names.append(what if isinstance(what, str) else what.name)
+    return names
+
+
 def needs_folder(data_mix) -> bool:
     """Return True if a mixture has datasets that lie in --data_root_dir, and not only dataset objects."""
-    return any(isinstance(what, str | oxe.Dataset) for what, _ in parse_mixture(data_mix))
+    return len(names_of_folders(data_mix)) > 0
 
 
 def open_mixture(
@@ -128,11 +138,15 @@ def open_mixture(
     """
     Return [(dataset, weight)].
 
-    data_mix: see `parse_mixture`. views: the cameras of datasets that formats/oxe.py describes, in their order; your
-        own data names its cameras itself. action_chunk: K. hold_out: share of the episodes that is not trained on,
+    data_root_dir: a folder, or hf:owner/name, a repository of the hub (hub.py). data_mix: see `parse_mixture`.
+    views: the cameras of datasets that formats/oxe.py describes, in their order; your own data names its cameras
+        itself. action_chunk: K. hold_out: share of the episodes that is not trained on,
         where the data has no validation split. oft_state: read the robot's state as OpenVLA-OFT does.
     Raises ValueError or FileNotFoundError with the nearest names, or with what is missing.
     """
+    if needs_folder(data_mix):
+        data_root_dir = find_data(data_root_dir, names_of_folders(data_mix))
+
     mixture = []
     for what, weight in parse_mixture(data_mix):
         if not isinstance(what, str | oxe.Dataset):

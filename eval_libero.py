@@ -33,7 +33,7 @@ from libero_sim.jobs import parse_tasks, recorded_episodes, stored_trials, unfin
 from libero_sim.report import open_run, read_rows, report, save_grid, warn
 from libero_sim.simulator import CAMERAS, SETTLE, SUITES, set_up_libero, versions
 from libero_sim.workers import look_at_simulator, play_episode, play_jobs, read_warnings
-from policy import Policy, load_policy, pick_device, pick_dtype, predict_chunk, uses_center_crop
+from policy import Policy, load_policy, pick_device, pick_dtype, pick_engine, predict_chunk, uses_center_crop
 from progress import show_progress
 
 POLICIES = ("checkpoint", "noop", "random", "expert", "replay")  # all but the first check the simulator itself
@@ -43,11 +43,13 @@ POLICIES = ("checkpoint", "noop", "random", "expert", "replay")  # all but the f
 class Config:
     # Who acts
     policy: str = "checkpoint"  # or, to check the simulator itself: noop, random, expert (libero_spatial), replay
-    checkpoint: str = ""  # folder of a model, or of a LoRA run
+    checkpoint: str = ""  # folder of a model or of a LoRA run, or a name on the hub (owner/name)
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     unnorm_key: str = ""  # "": the suite's name, or that with _no_noops
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says, else yes
     device: str = "auto"
     dtype: str = "auto"  # bfloat16, float32; auto: bfloat16 on cuda, else as the weights are stored
+    engine: str = "auto"  # generate in fewer passes (speed/engine.py): auto, on, off
     open_loop: int = 0  # actions of a chunk (OFT, FAST) that are carried out before the next question; 0: all
     replay: str = ""  # for --policy replay: an episode's .npz, or a run's folder
     perturbations: float = 0.0  # share of the expert's steps that go astray: so demonstrations show how to recover
@@ -77,26 +79,21 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
     """
     dtype = pick_dtype(cfg.dtype)
     device = pick_device(cfg.device)
-    checkpoint = open_checkpoint(cfg.checkpoint)
+    checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
     unnorm_key = choose_statistics(checkpoint, cfg)
     policy = load_policy(checkpoint, dtype, device, show_progress)
+    policy.engine = pick_engine(policy, cfg.engine)
 
     if policy.num_images > len(CAMERAS):
         raise ValueError(f"{cfg.checkpoint} takes {policy.num_images} images, LIBERO has {len(CAMERAS)} cameras")
-    processor = policy.processor
-    if not processor.trained_on:
-        # A checkpoint of the official code has no such record. This is what its LIBERO models were trained on.
-        processor.trained_on = CROPPED
-        warn(f"{cfg.checkpoint} has no record of its preprocessing: taking the official one, {processor.trained_on}")
-    if JPEG not in processor.trained_on:  # as the images of LIBERO's training sets were stored
-        processor.trained_on = (JPEG, *processor.trained_on)
+    prepare_as_trained(policy)
     if cfg.center_crop is False and uses_center_crop(policy):
         warn("this policy was trained on random crops: without the centre crop it sees everything too small")
 
     facts = {
         "unnorm_key": unnorm_key,
         "center_crop": uses_center_crop(policy, cfg.center_crop),
-        "trained_on": processor.trained_on,
+        "trained_on": policy.processor.trained_on,
         "dtype": str(policy.dtype).removeprefix("torch."),
         "weights": list_weights(checkpoint),
     }
@@ -107,6 +104,17 @@ def load_for_evaluation(cfg: Config) -> tuple[Policy, dict]:
     if policy.gives_chunks:
         facts["open_loop"] = cfg.open_loop
     return policy, facts
+
+
+def prepare_as_trained(policy: Policy):
+    """Let a policy see LIBERO's images as those that its training set held, also where its folder does not say how."""
+    processor = policy.processor
+    if not processor.trained_on:
+        # A checkpoint of the official code has no such record. This is what its LIBERO models were trained on.
+        processor.trained_on = CROPPED
+        warn(f"{policy.checkpoint} has no record of its preprocessing: taking the official one, {processor.trained_on}")
+    if JPEG not in processor.trained_on:  # as the images of LIBERO's training sets were stored
+        processor.trained_on = (JPEG, *processor.trained_on)
 
 
 def choose_statistics(checkpoint: Checkpoint, cfg: Config) -> str:
@@ -138,9 +146,14 @@ def list_weights(checkpoint: Checkpoint) -> list[tuple]:
 
 
 def answer(policy: Policy, unnorm_key: str, cfg: Config, questions: list[tuple]) -> np.ndarray:
-    """Questions of B episodes, (images, instruction, state) each -> the actions to carry out (B, K, A)."""
-    images, instructions, states = zip(*questions, strict=True)
-    chunks = predict_chunk(policy, images, instructions, np.stack(states), unnorm_key, cfg.center_crop)
+    """
+    Questions of B episodes, (images, instruction, state, previous) each -> the actions to carry out (B, K, A).
+    previous: the last action of the episode, zeros at its start.
+    """
+    images, instructions, states, previous = zip(*questions, strict=True)
+    chunks = predict_chunk(
+        policy, images, instructions, np.stack(states), unnorm_key, cfg.center_crop, np.stack(previous)
+    )
     if cfg.open_loop:
         chunks = chunks[:, : cfg.open_loop]
     return chunks

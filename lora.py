@@ -28,7 +28,7 @@ that never run (the last ViT block, the attention pool). Their A and B live in `
 parameter counts agree with the official ones.
 
 LoRA https://arxiv.org/abs/2106.09685; vla-scripts/finetune.py of github.com/openvla/openvla; the files are those of
-github.com/huggingface/peft, 0.11.1.
+github.com/huggingface/peft, 0.11.1; those of 0.21.2 are read, too.
 
 Axes: r rank, in and out channels of a layer, k width of a convolution's kernel.
 """
@@ -58,11 +58,13 @@ from checkpoint import (
     check_stored_base,
     fingerprint,
     open_checkpoint,
+    rank_and_alpha,
     read_adapter_config,
     read_layout,
 )
 from fast import FAST_FOLDER, record_action_tokens
 from files import atomic_write, read_json, write_json
+from hub import find_cached_model, find_model, is_hub_name, parse_hub_name
 from model import OpenVLA
 from progress import no_progress
 
@@ -151,7 +153,7 @@ def add_lora(
     names = adapted_modules(model, targets)
 
     model.lora = LoRAConfig(rank, alpha, dropout, targets)
-    wrap_modules(model, names)
+    wrap_modules(model, {name: (rank, alpha) for name in names})
     return model
 
 
@@ -176,30 +178,29 @@ def adapted_modules(model: OpenVLA, targets: Iterable[str] = tuple(PARTS)) -> li
     return names
 
 
-def wrap_modules(model: OpenVLA, names: list[str]):
-    """Freeze the model and put adapters, as `model.lora` describes them, around the named modules."""
+def wrap_modules(model: OpenVLA, sizes: dict[str, tuple[int, float]]):
+    """Freeze the model and put adapters around modules. sizes: name -> rank and alpha."""
     model.requires_grad_(False)
-    for name in names:
+    for name, (rank, alpha) in sizes.items():
         if f"{name}.weight" in model.unused:
-            add_unused_adapter(model, name)
+            add_unused_adapter(model, name, rank)
         else:
-            wrap_module(model, name)
+            wrap_module(model, name, rank, alpha)
 
 
-def wrap_module(model: OpenVLA, name: str):
+def wrap_module(model: OpenVLA, name: str, rank: int, alpha: float):
     """Put a LoRALinear in the place of a module, around it."""
     parent, _, child = name.rpartition(".")
     base = model.get_submodule(name)
     tensor = next(chain(base.parameters(), base.buffers()))  # a layer in 4 bits has buffers only
 
-    wrapped = LoRALinear(base, model.lora.rank, model.lora.alpha, model.lora.dropout)
+    wrapped = LoRALinear(base, rank, alpha, model.lora.dropout)
     wrapped = wrapped.to(device=tensor.device).train(model.training)
     setattr(model.get_submodule(parent), child, wrapped)
 
 
-def add_unused_adapter(model: OpenVLA, name: str):
+def add_unused_adapter(model: OpenVLA, name: str, rank: int):
     """Make the A and B of a module that never runs, and so is only a tensor."""
-    rank = model.lora.rank
     out_channels, *in_shape = model.unused[f"{name}.weight"].shape
     kernel_of_B = [1] * (len(in_shape) - 1)  # (out, r) of a matrix, (out, r, 1, 1) of a convolution
     model.unused[f"{name}.lora_A.weight"] = torch.randn(rank, *in_shape, device="cpu") / rank
@@ -266,9 +267,9 @@ def save_adapter(
     """
     Write adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
-    base: the folder or the name of the base model. state: the adapters' weights by name, where the model does not hold
-    them whole (sharded training); None: those of the model. has_record: other files belong to the adapter, and
-    checkpoint.complete_export says when all of them are there.
+    base: the folder of the base model, or its name on the hub. state: the adapters' weights by name, where the model
+    does not hold them whole (sharded training); None: those of the model. has_record: other files belong to the
+    adapter, and checkpoint.complete_export says when all of them are there.
     """
     folder = Path(folder)
     if state is None:
@@ -276,8 +277,9 @@ def save_adapter(
 
     tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     metadata = {"format": "pt"}
-    if Path(base).is_dir():
-        metadata["base"] = fingerprint(base)  # our own entry, for `warn_other_base`; PEFT ignores it
+    base_folder = find_cached_model(base)
+    if base_folder:
+        metadata["base"] = fingerprint(base_folder)  # our own entry, for `warn_other_base`; PEFT ignores it
     if has_record:
         metadata["record"] = EXPORT_RECORD
     with atomic_write(folder / ADAPTER_WEIGHTS) as temporary:
@@ -285,7 +287,7 @@ def save_adapter(
 
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(base),
+        **describe_base(base),
         "r": model.lora.rank,
         "lora_alpha": model.lora.alpha,
         "lora_dropout": model.lora.dropout,
@@ -302,6 +304,14 @@ def save_adapter(
         "alpha_pattern": {},
     }
     write_json(folder / ADAPTER_CONFIG, config)
+
+
+def describe_base(base: str | Path) -> dict:
+    """Return what adapter_config.json says of the base, in PEFT's keys: its folder, or its name and revision."""
+    if not is_hub_name(base):
+        return {"base_model_name_or_path": str(base)}
+    repository = parse_hub_name(base)
+    return {"base_model_name_or_path": repository.name, "revision": repository.revision}
 
 
 def target_modules(adapter_names: Iterable[str], targets: tuple[str, ...]) -> list[str] | str:
@@ -333,14 +343,15 @@ def read_adapter(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, adapters
 
 
-def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
+def load_adapter(model: OpenVLA, folder: str | Path, base: Path | None = None) -> OpenVLA:
     """
     Put a PEFT adapter onto its base model, in place, in float32. Returns the model. Raises ValueError if a tensor does
-    not fit, or if the file holds base weights that are not this model's.
+    not fit, or if the file holds base weights that are not this model's. base: the folder of that model, as
+    `open_checkpoint` has found it; None: as `base_of` finds it.
     """
     folder = Path(folder)
     config, adapters = read_adapter(folder)
-    warn_other_base(folder)
+    warn_other_base(folder, base)
     tensors = {**model.state_dict(), **model.unused}
     check_adapter_fits(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     check_stored_base(folder, tensors.get)
@@ -353,7 +364,7 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
         if has_adapter:
             targets.append(target)
     model.lora = LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), tuple(targets))
-    wrap_modules(model, modules)
+    wrap_modules(model, {name: rank_and_alpha(config, name) for name in modules})
 
     # Fill in the weights.
     for name, tensor in adapters.items():
@@ -364,35 +375,39 @@ def load_adapter(model: OpenVLA, folder: str | Path) -> OpenVLA:
     return model
 
 
-def warn_other_base(run: str | Path):
-    """Warn if the base weights are not the ones that this adapter was trained on. An adapter of PEFT does not say."""
-    with safe_open(Path(run) / ADAPTER_WEIGHTS, framework="pt") as file:
+def warn_other_base(adapter: str | Path, base: Path | None):
+    """
+    Warn if the base weights are not the ones that this adapter was trained on. An adapter of PEFT does not say.
+    base: None: as `base_of` finds it.
+    """
+    with safe_open(Path(adapter) / ADAPTER_WEIGHTS, framework="pt") as file:
         metadata = file.metadata() or {}
     if "base" not in metadata:
         return
-    base = base_of(run)
+    base = base or base_of(adapter)
     if base and fingerprint(base) != metadata["base"]:
-        warnings.warn(f"{run} was trained on other weights than {base} holds now", stacklevel=2)
+        warnings.warn(f"{adapter} was trained on other weights than {base} holds now", stacklevel=2)
 
 
 # -----------------------------------------------------------------------------
 # Merge folders
 
 
-def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
+def merge(run: str | Path, out: str | Path, base_checkpoint: str = "", progress: Callable = no_progress):
     """
     Merge a run (an adapter) with its base checkpoint into a folder as any other: tensor by tensor, in float32, rounded
-    once to the base's dtype. Raises ValueError or OSError before long work. `out` appears when it is whole.
+    once to the base's dtype. base_checkpoint: as `open_checkpoint` takes it. Raises ValueError or OSError before long
+    work. `out` appears when it is whole.
     """
-    run = Path(run)
+    run = find_model(run)
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder, or remove it")
-    checkpoint = open_checkpoint(run)  # checks all that loading checks, also of the base
+    checkpoint = open_checkpoint(run, base_checkpoint)  # checks all that loading checks, also of the base
     if not checkpoint.adapter:
         raise ValueError(f"{run}: nothing to merge, it has no {ADAPTER_CONFIG}; give the folder of a LoRA run")
     config, adapters = read_adapter(checkpoint.adapter)
-    warn_other_base(checkpoint.adapter)
+    warn_other_base(checkpoint.adapter, checkpoint.base)
     checkpoint.check_copied_files()
     weight_files = sorted(set(checkpoint.weight_map.values()))
     check_room(out, weight_files)
@@ -400,10 +415,9 @@ def merge(run: str | Path, out: str | Path, progress: Callable = no_progress):
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    scaling = config["lora_alpha"] / config["r"]
     for file in progress(weight_files, "merging", "files"):
         with atomic_write(unfinished / file.name) as temporary:
-            merge_weight_file(file, temporary, adapters, scaling)
+            merge_weight_file(file, temporary, adapters, config)
     copy_other_files(checkpoint.base, run, unfinished, skip={file.name for file in weight_files})
     if checkpoint.fast:
         checkpoint.fast.save_pretrained(unfinished / FAST_FOLDER)
@@ -423,8 +437,11 @@ def check_room(out: Path, weight_files: list[Path]):
         raise OSError(f"{out}: {needed / 1e9:.1f} GB needed, the disk has {free / 1e9:.1f}")
 
 
-def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], scaling: float):
-    """Copy a weight file, then overwrite each adapted tensor in the copy: only one at a time is in memory."""
+def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], config: dict):
+    """
+    Copy a weight file, then overwrite each adapted tensor in the copy: only one at a time is in memory. config: of
+    `read_adapter`.
+    """
     shutil.copyfile(source, target)
     data_start, layout = read_layout(source)
     with open(target, "rb+") as file:
@@ -437,7 +454,8 @@ def merge_weight_file(source: Path, target: Path, adapters: dict[str, Tensor], s
             B = adapters[f"{module}.lora_B.weight"]
             with safe_open(source, framework="pt") as base:
                 weight = base.get_tensor(name)
-            merged = lora_update(A, B, scaling).add_(weight).to(weight.dtype)
+            rank, alpha = rank_and_alpha(config, module)
+            merged = lora_update(A, B, alpha / rank).add_(weight).to(weight.dtype)
             file.seek(data_start + entry["data_offsets"][0])
             file.write(merged.flatten().view(torch.uint8).numpy())
 

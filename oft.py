@@ -633,7 +633,7 @@ def load_oft(
     vla = copy.deepcopy(checkpoint.skeleton)
     vla.load_weights(checkpoint.weight_map, dtype, device, progress)
     if checkpoint.adapter:
-        load_adapter(vla, checkpoint.adapter)
+        load_adapter(vla, checkpoint.adapter, checkpoint.base)
 
     model = OFT(vla, cfg)
     load_components(model, folder)

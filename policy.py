@@ -28,7 +28,7 @@ from model import OpenVLA, OpenVLAConfig
 from normalize import SCHEME, SCHEMES, UNITS, normalize, unnormalize
 from oft import OFT, OFTConfig, load_oft
 from progress import no_progress
-from speed.engine import Engine
+from speed.engine import NOT_FINITE, Engine
 from speed.quantize import load_quantized
 from tokenizer import PAD, Tokenizer, decode_action, encode_action, is_action_id, pad_sequences
 
@@ -121,7 +121,7 @@ def load_policy(
         model = copy.deepcopy(checkpoint.skeleton)
         model.load_weights(checkpoint.weight_map, dtype, device, progress)
         if checkpoint.adapter:
-            load_adapter(model, checkpoint.adapter)
+            load_adapter(model, checkpoint.adapter, checkpoint.base)
     if checkpoint.adapter:
         check_export(checkpoint.adapter)  # again: a run may have exported anew while the files were read
     return Policy(model, tokenizer, processor, checkpoint.norm_stats, str(checkpoint.folder))
@@ -140,6 +140,26 @@ def warn_hidden_oft(checkpoint: Checkpoint):
             f"(docs/oft.md)",
             stacklevel=3,
         )
+
+
+def pick_engine(policy: Policy, name: str) -> Engine | None:
+    """
+    Return the engine for the value of --engine: on, off, or auto. It generates the same tokens, but for rounding.
+
+    auto: on a CPU, where it was measured to be faster, if the model is one that it takes. On a GPU it records a pass
+    for each size of a batch, which takes seconds and memory each time: for one robot that may pay, for a server hardly.
+    Raises ValueError for other names, and for on where there is none.
+    """
+    if name not in ("auto", "on", "off"):
+        raise ValueError(f"--engine {name}: must be auto, on or off")
+    if name == "off" or (name == "auto" and policy.device.type != "cpu"):
+        return None
+    try:
+        return Engine(policy.model)
+    except ValueError as error:  # adapters, or an OFT policy
+        if name == "on":
+            raise ValueError(f"--engine on: {error}") from None
+        return None
 
 
 def pick_device(name: str) -> str:
@@ -286,9 +306,11 @@ def predict_tokens(
     input_ids, pixel_values, lengths = prepare_inputs(policy, images, instructions, crop)
     if policy.engine:
         tokens, _ = policy.engine.generate(input_ids, pixel_values, num_tokens, lengths, draft)
-        return tokens.cpu()
-    tokens, logits = policy.model.generate(input_ids, pixel_values, num_tokens, lengths)
-    if not torch.isfinite(logits).all():
+        is_finite = (tokens != NOT_FINITE).all()
+    else:
+        tokens, logits = policy.model.generate(input_ids, pixel_values, num_tokens, lengths)
+        is_finite = torch.isfinite(logits).all()
+    if not is_finite:
         raise ValueError(
             f"{policy.checkpoint}: the answer is not finite; broken weights, or numbers beyond --dtype float16"
         )
@@ -345,12 +367,13 @@ def predict_chunk(
     states: np.ndarray | None = None,
     unnorm_key: str = "",
     crop: bool | None = None,
+    previous: np.ndarray | None = None,
 ) -> np.ndarray:
     """
     Return a chunk of actions for each robot, (B, K, A) float64, in the robot's units. K is 1 for a token model.
 
     images: for each of B robots its V images, as `predict_action` takes them. instructions: B texts.
-    states: (B, P), in the robot's units, if the policy takes them. unnorm_key, crop: as for `predict_action`.
+    states: (B, P), in the robot's units, if the policy takes them. unnorm_key, crop, previous: as for `predict_action`.
     Raises ValueError for bad input.
     """
     if policy.fast:
@@ -361,7 +384,7 @@ def predict_chunk(
         return unnormalize(chunks, entry["action"], entry.get("scheme", SCHEME))
     if not policy.is_oft:
         single = [image for (image,) in images]
-        return predict_action(policy, single, instructions, unnorm_key, crop)[:, None]
+        return predict_action(policy, single, instructions, unnorm_key, crop, previous)[:, None]
 
     key = choose_key(policy.norm_stats, unnorm_key, policy.checkpoint)
     stats = policy.norm_stats[key]

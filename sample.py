@@ -36,6 +36,7 @@ from policy import (
     missing_preprocessing_note,
     pick_device,
     pick_dtype,
+    pick_engine,
     predict_action,
     predict_chunk,
 )
@@ -43,20 +44,22 @@ from progress import show_progress
 from tokenizer import check_instruction
 
 NO_CHECKPOINT = (
-    "no checkpoint. The released weights are on Hugging Face: `git lfs install`, then\n"
-    "`git clone https://huggingface.co/openvla/openvla-7b` (15 GB) and `--checkpoint openvla-7b`."
+    "no checkpoint. The released weights are on Hugging Face: `pip install huggingface_hub`, then\n"
+    "`--checkpoint openvla/openvla-7b`, which downloads them once (15 GB)."
 )
 
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout (openvla-7b, runs/.../checkpoint, ...) or a LoRA run
+    checkpoint: str = ""  # folder in Hugging Face layout or LoRA run, or a name on the hub: owner/name[@revision]
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     image: tuple[str, ...] = ()  # image files, one or more
     instruction: tuple[str, ...] = ()  # one for all images, or one for each; put it in quotes
     state: tuple[float, ...] = ()  # the robot's state in its own units, for an OFT policy that takes it
     unnorm_key: str = ""  # whose statistics give the action its units; may be left out if the checkpoint has one
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16; auto: bfloat16 on cuda, else as the weights are stored
+    engine: str = "auto"  # generate in fewer passes (speed/engine.py): auto, on, off
     center_crop: bool | None = None  # show the middle 90 % only; None: as the checkpoint says that it was trained
     json: bool = False  # print one JSON line
 
@@ -75,11 +78,12 @@ def main(cfg: Config):
         instructions = list(cfg.instruction)
         if len(instructions) == 1:
             instructions *= len(images)
-        checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
         unnorm_key = choose_key(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         check_inputs(checkpoint, instructions, unnorm_key, cfg)
 
         policy = load_policy(checkpoint, dtype, device, show_progress)
+        policy.engine = pick_engine(policy, cfg.engine)
         loaded = time.perf_counter()
         note = missing_preprocessing_note(policy)
         if note and cfg.center_crop is None:

@@ -83,7 +83,7 @@ WHAT_TO_GIVE = (
 @dataclass
 class Config:
     # Data
-    data_root_dir: str = ""  # folder with one RLDS folder per dataset
+    data_root_dir: str = ""  # folder with one RLDS folder per dataset, or hf:owner/name
     data_mix: Any = "bridge"  # mixture or dataset of formats/oxe.py; or your own, or a list: see data.parse_mixture
     views: tuple[str, ...] = ("primary",)  # cameras of datasets of formats/oxe.py; your own data names its own
     action_chunk: int = 1  # actions that the model learns to answer with
@@ -95,7 +95,7 @@ class Config:
     skip_bad_records: bool = False  # leave broken records out of the index and count them, instead of stopping
 
     # Model
-    base_checkpoint: str = ""  # folder in Hugging Face layout to start from
+    base_checkpoint: str = ""  # folder in Hugging Face layout to start from, or its name on the hub (owner/name)
     random_model: dict = field(default_factory=dict)  # or: the config.json of a model to start from random weights
     tokenizer: str = ""  # tokenizer.model; "": that of the base checkpoint, or a stand-in for a random model
     action_tokenizer: str = ""  # bins, fast (fitted to the data) or the folder of a FAST tokenizer; "": as the base has

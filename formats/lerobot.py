@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 
 from files import read_json_lines, read_json_object
 from formats.dataset import HOLD_OUT, as_names, name_actions, split_episodes
+from hub import find_data, name_of_data
 from normalize import SCHEME, compute_statistics
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -751,7 +752,8 @@ class LeRobot(Dataset):
     One split of a LeRobot folder, see formats/dataset.py. Frame [i] has the pictures of the cameras: (H, W, 3) uint8,
     encoded bytes or a path.
 
-    name: under which the statistics are stored; None: the name of the folder.
+    folder: on this machine, or hf:owner/name, a repository of the hub (hub.py).
+    name: under which the statistics are stored; None: the name of the folder, or of the repository.
     camera: a feature of the data, or the last part of its name; None: the first one that is no depth map.
     cameras: several of them, in the order in which the model gets the images.
     standardize: a function (T, A) -> (T, A') that turns the actions of an episode into your units, the gripper last
@@ -781,8 +783,8 @@ class LeRobot(Dataset):
         episodes: Iterable[int] | None = None,
         hold_out: float = HOLD_OUT,
     ):
-        self.folder = Path(folder).expanduser().resolve()
-        self.name = name or self.folder.name
+        self.folder = find_data(folder).expanduser().resolve()
+        self.name = name or name_of_data(folder) or self.folder.name
         self.scheme = SCHEME
         self.bad_records = []
         self.user_code = ()

@@ -4,7 +4,7 @@ Simulators in processes of their own, and one policy that answers all of them.
     main process, run_workers                        each simulator's process, simulate
 
     gives a job                                 -->  plays it, step by step
-    answers all waiting questions in one batch  <--  asks: (images, instruction, state) of its episode
+    answers all waiting questions in one batch  <--  asks: (images, instruction, state, last action)
     the answer, a chunk of actions              -->  carries it out, and asks again
     passes the row on, gives the next job       <--  sends the row of the episode, a dict
 
@@ -180,9 +180,10 @@ def with_perturbations(actions: Iterator[np.ndarray], rng: np.random.Generator, 
 
 def answered_actions(sim: Simulator, conn: Connection) -> Iterator[np.ndarray]:
     """Ask the policy of the main process, carry out all of its answer (K, A), and ask again."""
+    action = np.zeros(len(NOOP))
     while True:
         images = [sim.image(camera) for camera in sim.cameras]
-        conn.send((images, sim.instruction, sim.state()))
+        conn.send((images, sim.instruction, sim.state(), action))
         for action in conn.recv():
             yield to_simulator(action)
 

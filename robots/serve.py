@@ -8,8 +8,10 @@ A policy behind HTTP: images and an instruction in, actions out, for many robots
                   github.com/openvla/openvla, also wrapped as {"encoded": text}. The answer is the action (A,), or the
                   chunk (K, A) of an OFT or FAST policy, in the same form. "image" is a list if an OFT policy takes
                   several; or they are called as by the official OFT clients: {"full_image", "left_wrist_image", ...},
-                  which get a list of K actions (A,).
-                  Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` (JSON); answers plain JSON.
+                  which get a list of K actions (A,). "previous"? is the robot's last action (A,): it makes the
+                  answer of a token model faster, and decides nothing.
+                  Or multipart: files `image`, fields `instruction`, `unnorm_key`, `state` and `previous` (JSON);
+                  answers plain JSON. robots/client.py asks so.
     GET  /health  whether the server is up, and how many requests it has taken and not yet answered
     GET  /info    the checkpoint, its datasets and the ranges of their actions, how images are prepared
 
@@ -58,6 +60,7 @@ from policy import (
     missing_preprocessing_note,
     pick_device,
     pick_dtype,
+    pick_engine,
     predict_chunk,
 )
 from progress import show_progress
@@ -66,13 +69,15 @@ from tokenizer import check_instruction
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run or OFT folder
+    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run, OFT folder, or a name on the hub (owner/name)
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     host: str = "127.0.0.1"  # 0.0.0.0: reachable from other machines; then give a token
     port: int = 8000
     unnorm_key: str = ""  # for requests without one; may be left out if the checkpoint has one dataset
     center_crop: bool | None = None  # None: as the checkpoint says that it was trained
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16
+    engine: str = "auto"  # generate in fewer passes (speed/engine.py): auto, on, off
     token: str = ""  # ask for "Authorization: Bearer TOKEN"; "": what OPENVLA_TOKEN holds, if anything
     max_batch: int = 16  # requests in one pass
     wait_ms: float = 4.0  # how long the first request of a batch waits for others
@@ -105,7 +110,8 @@ class Refused(Exception):
 
 
 # -----------------------------------------------------------------------------
-# Bytes -> payload {"images", "instruction", "unnorm_key", "state"}. Runs in a thread: images take time to unpack.
+# Bytes -> payload {"images", "instruction", "unnorm_key", "state", "previous"}. Runs in a thread: images take time to
+# unpack.
 
 
 def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, str]:
@@ -132,11 +138,15 @@ def parse_json(body: bytes, num_images: int, max_pixels: float) -> tuple[dict, s
     state = content.get("state")
     if isinstance(state, dict):
         state = decode_array(state)
+    previous = content.get("previous")
+    if isinstance(previous, dict):
+        previous = decode_array(previous)
     payload = {
         "images": images,
         "instruction": content.get("instruction"),
         "unnorm_key": content.get("unnorm_key"),
         "state": state,
+        "previous": previous,
     }
     if "full_image" in content and "image" not in content:
         return payload, OFT_ENCODED if is_encoded else OFT_JSON
@@ -175,18 +185,23 @@ def image_entries(content: dict, num_images: int) -> list:
 def parse_form(fields: dict[str, str], files: list[bytes], num_images: int, max_pixels: float) -> dict:
     """Return the payload of a multipart request, from its fields and the files named `image`. Raises Refused."""
     check_num_images(len(files), num_images)
-    state = None
-    if fields.get("state"):
-        try:
-            state = load_json(fields["state"])
-        except (ValueError, TypeError, RecursionError) as error:
-            raise Refused(422, f"`state` is not a list of numbers: {error!s:.200}") from None
     return {
         "images": [parse_image(data, max_pixels) for data in files],
         "instruction": fields.get("instruction"),
         "unnorm_key": fields.get("unnorm_key"),
-        "state": state,
+        "state": parse_numbers(fields, "state"),
+        "previous": parse_numbers(fields, "previous"),
     }
+
+
+def parse_numbers(fields: dict[str, str], name: str) -> list | None:
+    """Return a field of a form that is a list of numbers in JSON, or None without it. Raises Refused."""
+    if not fields.get(name):
+        return None
+    try:
+        return load_json(fields[name])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused(422, f"`{name}` is not a list of numbers: {error!s:.200}") from None
 
 
 def parse_image(data: bytes, max_pixels: float) -> np.ndarray:
@@ -254,8 +269,9 @@ def check_size(width: int, height: int, max_pixels: float):
 
 def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
     """
-    Return the request as `answer_batch` takes it: images, (H, W, 3) uint8 each, instruction, unnorm_key, and state (P,)
-    or None. Raises ValueError, TypeError or OverflowError that says what is wrong.
+    Return the request as `answer_batch` takes it: images, (H, W, 3) uint8 each, instruction, unnorm_key, state (P,) or
+    None, and the previous action (A,), zeros without one. Raises ValueError, TypeError or OverflowError that says what
+    is wrong.
     """
     instruction = payload["instruction"]
     check_instruction(instruction)
@@ -264,7 +280,8 @@ def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
         raise ValueError(f'"unnorm_key" must be a text, got {unnorm_key!r:.80}')
 
     stats = dataset_stats(policy.norm_stats, unnorm_key, policy.checkpoint)
-    check_room(instruction, policy, len(stats["action"]["q01"]))
+    action_dim = len(stats["action"]["q01"])
+    check_room(instruction, policy, action_dim)
     state = None
     if policy.fast:
         check_action_dim(policy.fast, stats)
@@ -276,7 +293,21 @@ def make_request(payload: dict, policy: Policy, cfg: Config) -> dict:
         "instruction": instruction,
         "unnorm_key": unnorm_key,
         "state": state,
+        "previous": check_previous(payload["previous"], action_dim),
     }
+
+
+def check_previous(previous, action_dim: int) -> np.ndarray:
+    """Return the last action (A,) float64; zeros if the request has none. Raises ValueError if it is wrong."""
+    if previous is None:
+        return np.zeros(action_dim)
+    try:
+        array = np.asarray(previous, np.float64)
+    except (ValueError, TypeError):
+        array = np.empty(0)
+    if array.shape != (action_dim,) or not np.isfinite(array).all():
+        raise ValueError(f'"previous" must be the last action, {action_dim} finite numbers, got {previous!r:.80}')
+    return array
 
 
 def check_room(instruction: str, policy: Policy, action_dim: int):
@@ -347,7 +378,8 @@ def predict(policy: Policy, requests: list[dict], crop: bool | None) -> list[np.
     states = None
     if policy.state_dim:
         states = np.stack([request["state"] for request in requests])  # (B, P)
-    chunks = predict_chunk(policy, images, instructions, states, requests[0]["unnorm_key"], crop)  # (B, K, A)
+    previous = np.stack([request["previous"] for request in requests])  # (B, A)
+    chunks = predict_chunk(policy, images, instructions, states, requests[0]["unnorm_key"], crop, previous)  # (B, K, A)
     if policy.gives_chunks:
         return list(chunks)
     return list(chunks[:, 0])
@@ -487,6 +519,7 @@ class Service:
             "unnorm_key": self.cfg.unnorm_key,
             "device": str(policy.device),
             "dtype": str(policy.dtype).removeprefix("torch."),
+            "engine": policy.engine is not None,
             "center_crop": self.cfg.center_crop,
             "pictures": {"size": policy.processor.size, "trained_on": list(policy.processor.trained_on)},
             "oft": asdict(policy.model.oft) if policy.is_oft else None,
@@ -687,11 +720,12 @@ def main(cfg: Config):
         check_limits(cfg)
         dtype = pick_dtype(cfg.dtype)
         device = pick_device(cfg.device)
-        checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
         if cfg.unnorm_key:
             dataset_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         listener = open_port(cfg)
         policy = load_policy(checkpoint, dtype, device, show_progress)
+        policy.engine = pick_engine(policy, cfg.engine)
     except (ValueError, OSError) as error:
         fail(error)
     note = missing_preprocessing_note(policy)

@@ -28,13 +28,14 @@ from configurator import configure, fail
 from files import atomic_write, read_json, write_json
 from image import JPEG, WHOLE
 from metrics import wilson
-from policy import Policy, dataset_stats, load_policy, pick_device, pick_dtype, predict_chunk
+from policy import Policy, dataset_stats, load_policy, pick_device, pick_dtype, pick_engine, predict_chunk
 from progress import show_progress
 
 
 @dataclass
 class Config:
-    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run or OFT folder (one camera)
+    checkpoint: str = ""  # folder in Hugging Face layout, LoRA run, OFT folder (one camera), or a name on the hub
+    base_checkpoint: str = ""  # of a LoRA run: its base; "": as its adapter_config.json says
     host: str = "localhost"
     port: int = 5556
     unnorm_key: str = "bridge_orig"
@@ -48,10 +49,11 @@ class Config:
     out: str = "runs/bridge_eval"
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # bfloat16, float32, float16
+    engine: str = "auto"  # generate in fewer passes (speed/engine.py): auto, on, off
 
 
 # Options that may change while an evaluation goes on; all others are its protocol
-NOT_PROTOCOL = ("episodes", "host", "port", "out", "device")
+NOT_PROTOCOL = ("episodes", "host", "port", "out", "device", "base_checkpoint", "engine")
 
 # The workspace: lowest and highest x, y, z in metres, yaw in radians, and a number that is not used
 BOUNDS = [[0.1, -0.20, -0.01, -1.57, 0], [0.45, 0.25, 0.30, 1.57, 0]]
@@ -131,10 +133,18 @@ def go_to_start(robot, cfg: Config):
 # One episode
 
 
-def ask_policy(policy: Policy, image: np.ndarray, instruction: str, state: np.ndarray, cfg: Config) -> np.ndarray:
-    """Return the actions to carry out now, (K, A). Raises ValueError if they are not finite."""
+def ask_policy(
+    policy: Policy,
+    image: np.ndarray,
+    instruction: str,
+    state: np.ndarray,
+    cfg: Config,
+    previous: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the actions to carry out now, (K, A). previous: the last one. Raises ValueError if they are not finite."""
     states = state[None] if policy.state_dim else None
-    (chunk,) = predict_chunk(policy, [[image]], [instruction], states, cfg.unnorm_key)  # (K, A)
+    previous = None if previous is None else previous[None]
+    (chunk,) = predict_chunk(policy, [[image]], [instruction], states, cfg.unnorm_key, previous=previous)  # (K, A)
     if not np.isfinite(chunk).all():
         raise ValueError(f"the policy answered {chunk.tolist()}")
     return chunk[: cfg.open_loop]
@@ -145,6 +155,7 @@ def play(robot, policy: Policy, instruction: str, cfg: Config) -> tuple[list[dic
     steps = []
     images = []
     plan = []  # actions that the policy has answered and the robot has not carried out
+    action = None  # the last one
     due = time.monotonic()  # when the next action is to be sent
     try:
         while len(steps) < cfg.max_steps:
@@ -156,7 +167,7 @@ def play(robot, policy: Policy, instruction: str, cfg: Config) -> tuple[list[dic
             image, state = observe(robot)
             asked_at = time.monotonic()
             if not plan:
-                plan = list(ask_policy(policy, image, instruction, state, cfg))
+                plan = list(ask_policy(policy, image, instruction, state, cfg, action))
             action = plan.pop(0)
             policy_seconds = time.monotonic() - asked_at
 
@@ -318,12 +329,13 @@ def main(cfg: Config):
         # Everything that can be wrong is found before any weight is read.
         dtype = pick_dtype(cfg.dtype)
         check_protocol(protocol_file, protocol)
-        checkpoint = open_checkpoint(cfg.checkpoint)
+        checkpoint = open_checkpoint(cfg.checkpoint, cfg.base_checkpoint)
         dataset_stats(checkpoint.norm_stats, cfg.unnorm_key, cfg.checkpoint)
         service = import_client()
         device = pick_device(cfg.device)
 
         policy = load_policy(checkpoint, dtype, device, show_progress)
+        policy.engine = pick_engine(policy, cfg.engine)
         check_policy(policy)
         if not policy.processor.trained_on:
             # openvla-7b does not record it: its training images of Bridge were resized so, and shown whole.

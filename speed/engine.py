@@ -35,6 +35,7 @@ from tokenizer import NUM_BINS, PAD, VOCAB_SIZE
 PROMPT_MULTIPLE = 16  # recorded passes have fixed shapes: prompts are padded to a multiple of this
 MIN_WEIGHTS_ONEDNN = 2**17  # from so many weights in a layer on, oneDNN is the faster one
 FIRST_ACTION_ID = VOCAB_SIZE - NUM_BINS
+NOT_FINITE = 0  # in place of a token whose logits are not finite: the id of <unk>, which no model learns to generate
 
 
 class Engine:
@@ -221,12 +222,17 @@ class Passes:
         return self.choose(hidden)
 
     def choose(self, hidden: Tensor) -> Tensor:
-        """Return the ids with the largest logits: hidden states (B, w, D) -> (B, w)."""
+        """Return the ids with the largest logits, or NOT_FINITE: hidden states (B, w, D) -> (B, w)."""
         head = self.model.language_model.lm_head
         if self.actions_only:
             action_rows = head.weight[FIRST_ACTION_ID:VOCAB_SIZE]
-            return F.linear(hidden, action_rows).argmax(-1) + FIRST_ACTION_ID
-        return head(hidden).argmax(-1)
+            logits = F.linear(hidden, action_rows)  # (B, w, 256)
+            ids = logits.argmax(-1) + FIRST_ACTION_ID
+        else:
+            logits = head(hidden)  # (B, w, V)
+            ids = logits.argmax(-1)
+        is_finite = torch.isfinite(logits).all(-1)  # (B, w); nothing here waits for the GPU
+        return torch.where(is_finite, ids, NOT_FINITE)
 
 
 def mask_and_positions(S: int, start: int, w: int, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,10 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # several threads wait for each other where cores are shared; and bits stay the same
 )
 
+# No test asks the real hub, or finds in a user's cache what it does not expect (tests/test_hub.py has its own).
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = "/nonexistent/hub"
+
 import pytest
 import torch
 from common import make_folder

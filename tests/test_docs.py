@@ -68,7 +68,8 @@ SHORT = {  # pattern of a command -> what makes it short
     "python sample.py --checkpoint runs/bridge/checkpoint*": "",
     "torchrun --nproc-per-node 8 train.py*": f"{TRAIN} --micro_batch_size 1 --run_dir runs/two",
     "python convert_weights.py quantize*": "--group 32",
-    "python convert_weights.py*": "",
+    "python convert_weights.py [!p]*": "",
+    "python convert_weights.py prismatic-to-hf*": "",
     "python sample.py --checkpoint openvla-7b*": "",
     "python -m bench infer --shape 100m *--plot*": "--shape tiny --actions 2 --inputs 2",
     "python finetune_lora.py --config libero_lora.py*": TRAIN,
@@ -99,6 +100,7 @@ SHORT = {  # pattern of a command -> what makes it short
 
 CI = (ROOT / ".ci" / "run").read_text()
 INNER = "one of the commands that the script above it runs"
+HUB = "wants the Hugging Face hub; tests/test_hub.py asks a stand-in"
 BY_HAND = "takes long and is timed by hand; the tests of its room run it small"
 ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python3 -m venv .venv": CI,
@@ -116,6 +118,10 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m toy.world --name toy_chunks*": INNER,
     "python finetune_oft.py --config toy_oft.py*": INNER,
     "python -m toy.play --controls False*": INNER,
+    "python -m robots.harness*": "tests/test_harness.py asks it with the client of vla-eval",
+    "pip install vla-eval": "what it is for is tested in tests/test_harness.py",
+    "python -m toy.world --lerobot*": "tests/test_write_lerobot.py",
+    "python -m toy.delays*": "tests/test_client.py runs its parts",
     "python -m bench drafts*": BY_HAND,
     "python -m bench enlarge*": BY_HAND,
     "python -m bench data*": BY_HAND,
@@ -132,6 +138,9 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m room.name": "stands for any script of a folder",
     "pip download --no-deps*": "gets the packages of the official code, for a machine without internet",
     "pip install --no-index*": "wants those packages",
+    "python sample.py --checkpoint openvla/openvla-7b*": HUB,
+    "python convert_weights.py push*": HUB,
+    "pip install huggingface_hub": HUB,
     "git lfs install": "changes the settings of git",
     "git clone*": "gets the released weights",
     "apt-get install*": "wants to be root",
@@ -139,6 +148,7 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "pip install -e bridge_data_robot/widowx_envs*": "is the robot's client",
     "python -m formats.write_rlds FOLDER": "wants array_record; tests/test_rlds.py runs it",
     "hf download*": "gets the simulator's assets",
+    "hf auth login": "asks for a token",
     "pip install array_record": "what it is for is tested in tests/test_rlds.py",
     "pip install pyarrow av": "what it is for is tested in tests/test_lerobot.py",
 }
@@ -147,6 +157,8 @@ PYTHON_ELSEWHERE = {  # words of a Python block of a page -> the test that runs 
     "oxe.Dataset(name=": "tests/test_data.py",
     "Samples(": "tests/test_own_data.py",
     "# client.py": "tests/test_serve.py",
+    "# control.py": "tests/test_client.py",
+    "# ros2_node.py": "needs ROS 2: untried, as the page says",
     "LeRobot(": "tests/test_own_data.py",
 }
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn as nn
 from common import with_tokenizer
 
+from lora import add_lora
 from model import OpenVLA
-from policy import load_policy, predict_action
+from policy import load_policy, pick_engine, predict_action, predict_chunk
 from speed import engine as engine_module
 from speed.engine import Engine, OneDNNLinear
-from tokenizer import NUM_BINS, VOCAB_SIZE, is_action_id
+from tokenizer import NUM_BINS, VOCAB_SIZE, is_action_id, make_standin
 
 N = 7
 
@@ -161,8 +162,53 @@ def test_statistics_of_the_two_figures_that_are_needed(folders, tmp_path):
     assert predict_action(policy, [np.zeros((8, 8, 3), np.uint8)], ["go"]).shape == (1, 7)
 
 
+def test_an_answer_that_is_not_finite_is_an_error(folders, tmp_path):
+    """Never an action, with and without the engine."""
+    policy = load_policy(with_standin(folders, tmp_path / "m"), torch.float32)
+    policy.model.language_model.model.norm.weight.data[3] = float("nan")
+    for engine in (None, Engine(policy.model), Engine(policy.model, actions_only=True)):
+        policy.engine = engine
+        with pytest.raises(ValueError, match="the answer is not finite"):
+            predict_action(policy, [np.zeros((8, 8, 3), np.uint8)], ["go"], "toy")
+
+
+def with_standin(folders, to):
+    """A golden model with a tokenizer that needs no file of others."""
+    folder = shutil.copytree(folders["tiny-openvla"], to)
+    make_standin(folder / "tokenizer.model")
+    return folder
+
+
+def test_the_option(folders, tmp_path):
+    """auto takes the engine on a CPU, and does without where there is none."""
+    policy = load_policy(with_standin(folders, tmp_path / "m"), torch.float32)
+    assert isinstance(pick_engine(policy, "auto"), Engine)
+    assert isinstance(pick_engine(policy, "on"), Engine)
+    assert pick_engine(policy, "off") is None
+    with pytest.raises(ValueError, match="--engine fast: must be auto, on or off"):
+        pick_engine(policy, "fast")
+    add_lora(policy.model, 2)
+    assert pick_engine(policy, "auto") is None
+    with pytest.raises(ValueError, match="--engine on: the model has adapters; merge them first"):
+        pick_engine(policy, "on")
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_chunks_with_previous_actions(folders, tmp_path):
+    policy = load_policy(with_standin(folders, tmp_path / "m"), torch.float32)
+    images = [[np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)] for i in range(3)]
+    want = predict_chunk(policy, images, ["go", "lift it", "go"], unnorm_key="toy")
+    policy.engine = pick_engine(policy, "auto")
+    generate = policy.engine.generate
+    drafts = []
+    policy.engine.generate = lambda *inputs: drafts.append(inputs[-1]) or generate(*inputs)
+    for previous in (None, want[:, 0], np.full((3, 7), 0.3)):
+        found = predict_chunk(policy, images, ["go", "lift it", "go"], unnorm_key="toy", previous=previous)
+        np.testing.assert_array_equal(found, want)
+    assert not torch.equal(drafts[0], drafts[1]) and not torch.equal(drafts[0], drafts[2])  # the last action
+
+
 def test_adapters_and_oft_are_refused(folders):
-    from lora import add_lora
     from oft import OFT, OFTConfig
 
     model = OpenVLA.from_pretrained(folders["tiny-openvla"], torch.float32)

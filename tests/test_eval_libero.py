@@ -396,7 +396,8 @@ def test_a_chunk_is_carried_out_before_the_next_question():
     answers = workers.policy_actions(sim, dict(task=0, trial=0), Conn(), E.Config())
     actions = [next(answers) for _ in range(5)]
     assert [a[0] for a in actions] == [0.1] * 3 + [0.2] * 2 and {a[6] for a in actions} == {1.0}
-    pictures, words, state = Conn.asked[0]
+    pictures, words, state, previous = Conn.asked[0]
+    assert (previous == 0).all() and (Conn.asked[1][3] == 0.1).all()  # the last action, as the policy answered it
     assert len(Conn.asked) == 2 and words == "open it" and state.shape == (8,)
     assert [p.mean().round() for p in pictures] == [1, 0]
 

@@ -171,14 +171,14 @@ def test_a_newcomer_has_few_files_to_follow(folders, tmp_path):
     image = np.zeros((64, 64, 3), np.uint8)
     act = files_of_what_runs(lambda: predict_action(load_policy(folder), [image], ["go"], "toy"))
     walk = {"checkpoint", "policy", "image", "tokenizer", "model", "normalize"}
-    assert act == walk | {"files", "progress"}
+    assert act == walk | {"files", "progress", "hub"}
 
     toy.write_rlds(tmp_path / "data", {"train": toy.demonstrations(toy.TRAIN, 3)})
     argv = "--config toy.py --batch_size 2 --micro_batch_size 2 --num_workers 0 --max_steps 1".split()
     argv += ["--data_root_dir", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run")]
     learn = files_of_what_runs(lambda: train.train(configure(train.Config, argv)))
     walk = {"formats.rlds", "formats.oxe", "data", "image", "normalize", "tokenizer", "model", "train"}
-    around = {"configurator", "distributed", "resume", "metrics", "files", "progress", "toy", "toy.world"}
+    around = {"configurator", "distributed", "resume", "metrics", "files", "progress", "hub", "toy", "toy.world"}
     readers = {"dataset", "faults", "protobuf", "rlds_index", "samples", "tfrecord", "user_code", "workers"}
     readers |= {"write_rlds"}  # of the toy world
     around |= {"fit_fast", "fast"}  # asked which action tokens the run has

@@ -241,6 +241,89 @@ def test_adapter_files_come_back(folders, tmp_path):
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == their_keys
 
 
+# What PEFT 0.21.2 writes besides the options that 0.11.1 knows, where nothing of it is used.
+NEW_IN_PEFT_0_21 = {
+    "peft_version": "0.21.2",
+    "exclude_modules": None,
+    "trainable_token_indices": None,
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "monteclora_config": None,
+    "lora_bias": False,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "ensure_weight_tying": False,
+    "an_option_of_tomorrow": None,
+}
+
+
+def change_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_files_of_a_newer_peft(folders, adapted, tmp_path):
+    shutil.copytree(GOLDENS / "tiny-lora", tmp_path / "a")
+    change_config(tmp_path / "a", **NEW_IN_PEFT_0_21)
+    model = lora.load_adapter(tiny(folders), tmp_path / "a")
+    assert torch.equal(logits_at_prompt_end(model, 0), logits_at_prompt_end(adapted, 0))
+
+
+def test_rank_stabilised(folders, tmp_path):
+    """alpha / sqrt(rank) in place of alpha / rank, in the model and in merged weights."""
+    base = folders["tiny-openvla"]
+    model = lora.add_lora(tiny(folders), rank=4, alpha=3)
+    shake(model)
+    lora.save_adapter(model, tmp_path / "a", base)
+    change_config(tmp_path / "a", use_rslora=True)
+    found = lora.load_adapter(tiny(folders), tmp_path / "a")
+    assert {layer.scaling for layer in lora.lora_layers(found).values()} == {1.5}
+    change_config(tmp_path / "a", use_rslora=False, lora_alpha=6)
+    want = lora.load_adapter(tiny(folders), tmp_path / "a")
+    assert torch.equal(logits_at_prompt_end(found, 0), logits_at_prompt_end(want, 0))
+
+    lora.merge(tmp_path / "a", tmp_path / "six")
+    change_config(tmp_path / "a", use_rslora=True, lora_alpha=3)
+    lora.merge(tmp_path / "a", tmp_path / "three")
+    for file in (tmp_path / "six").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "three" / file.name).read_bytes()
+
+
+def test_layers_with_a_rank_and_an_alpha_of_their_own(folders, tmp_path):
+    """As PEFT 0.21.2 applies them; it was compared once, equal to the bit."""
+    model = lora.add_lora(tiny(folders), rank=4, alpha=8, targets=("language",))
+    shake(model)
+    lora.save_adapter(model, tmp_path / "a", folders["tiny-openvla"])
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if ".q_proj.lora_A." in name:
+            tensors[name] = tensors[name][:2].contiguous()
+        if ".q_proj.lora_B." in name:
+            tensors[name] = tensors[name][:, :2].contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    last = "layers.1.self_attn.v_proj"
+    change_config(tmp_path / "a", rank_pattern={"q_proj": 2}, alpha_pattern={last: 3.0})
+
+    layers = lora.lora_layers(lora.load_adapter(tiny(folders), tmp_path / "a"))
+    scalings = {name.removeprefix("language_model.model."): layer.scaling for name, layer in layers.items()}
+    assert scalings["layers.0.self_attn.q_proj"] == 8 / 2
+    assert scalings[last] == 3 / 4 and scalings["layers.0.self_attn.v_proj"] == 8 / 4
+    lora.merge(tmp_path / "a", tmp_path / "merged")
+    name = f"language_model.model.{last}.weight"
+    A, B = (tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{half}.weight"] for half in "AB")
+    found = {k: v for f in (tmp_path / "merged").glob("*.safetensors") for k, v in load_file(f).items()}[name]
+    base = tiny(folders, torch.bfloat16).state_dict()[name]
+    assert torch.equal(found, (base.float() + B @ A * 0.75).bfloat16())
+
+
 def test_what_is_no_plain_lora_is_refused(folders, tmp_path):
     def broken(message, config=None, tensors=None):
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
@@ -254,7 +337,12 @@ def test_what_is_no_plain_lora_is_refused(folders, tmp_path):
 
     q = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
     broken("use_dora", dict(use_dora=True))
-    broken("use_rslora", dict(use_rslora=True))
+    broken("use_rslora is 1, it must be true or false", dict(use_rslora=1))
+    broken("new_option is 3, which this code does not know", dict(new_option=3))
+    broken(r"rank_pattern has the pattern '\(a\+\)\+\$'; only names of layers", dict(rank_pattern={"(a+)+$": 2}))
+    broken("rank_pattern is {'q_proj': 0}, it must be", dict(rank_pattern={"q_proj": 0}))
+    broken("alpha_pattern is 3, it must be", dict(alpha_pattern=3))
+    broken("q_proj.weight needs a lora_A and a lora_B of rank 2|makes it", dict(rank_pattern={"q_proj": 2}))
     broken("missing|makes it", dict(r=8))
     broken("makes it", tensors={f"{q}.lora_A.weight": torch.zeros(4, 5)})
     broken("does not have", tensors={f"{q}x.lora_A.weight": torch.zeros(4, 16)})

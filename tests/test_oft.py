@@ -304,7 +304,9 @@ def test_parts_of_an_official_folder(folders, models, tmp_path, capsys):
     both_refuse("proprio_projector: .*size mismatch")
     (run / O.OFT_RECORD).write_text(right)
     (tmp_path / "openvla-7b").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="lora_adapter/adapter_config.json: the base checkpoint .* not there"):
+    with pytest.raises(
+        FileNotFoundError, match="lora_adapter/adapter_config.json: its base checkpoint, openvla/openvla-7b@47"
+    ):
         load_policy(run)
 
     for file in (tmp_path / "elsewhere").iterdir():

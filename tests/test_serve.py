@@ -25,6 +25,7 @@ from PIL import Image
 from configurator import configure
 from policy import load_policy, predict_action, predict_chunk
 from robots import serve
+from robots.client import PolicyClient, Refused
 
 requests = pytest.importorskip("requests", reason="pip install -r requirements-serve.txt")
 json_numpy = pytest.importorskip("json_numpy", reason="pip install -r requirements-serve.txt")
@@ -542,3 +543,49 @@ def test_what_it_says(folder, tmp_path):
     assert start == f"{folder} (bridge_orig, toy; cpu, bfloat16) takes 1 image at http://127.0.0.1:{port}/act"
     assert "GET /nowhere" in refusals[0] and ": 404 no such address" in refusals[0]
     assert "POST /act: 422" in refusals[1] and r"'a\nb'" in refusals[1]
+
+
+# -----------------------------------------------------------------------------
+# robots/client.py
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_client_of_robots(server, folder):
+    """Raw images: what sample.py says, whatever the last action was. JPEG: what it says of the decoded image."""
+    policy = load_policy(folder, torch.float32)
+    for quality in (None, 95):
+        client = PolicyClient(server, jpeg_quality=quality, timeout=60, patience=60)
+        for seed in (0, 1, 0):
+            image = picture(seed)
+            seen = image
+            if quality:
+                file = io.BytesIO()
+                Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling=0)
+                seen = np.asarray(Image.open(file))
+            (want,) = predict_action(policy, [seen], WORDS[:1], "bridge_orig")
+            np.testing.assert_allclose(client.act([image], WORDS[0]), want[None], atol=1e-12)
+            assert client.previous is not None
+        with pytest.raises(Refused, match="422: .*instruction"):
+            client.act([picture(0)], "")
+        assert client.info()["engine"] is True
+        client.close()
+
+
+@pytest.mark.parametrize("previous", [[1, 2], [float("inf")] * 7, "x", {"a": 1}])
+def test_a_previous_action_that_is_none(server, previous):
+    answer = requests.post(f"{server}/act", data=json.dumps({**GOOD, "previous": previous}))
+    assert answer.status_code == 422 and re.search("previous|json-numpy", answer.json()["error"])
+
+
+@pytest.mark.filterwarnings("ignore:not an action")
+def test_with_and_without_the_engine(server, folder):
+    process, url = start(folder, "--unnorm_key", "bridge_orig", "--engine", "off")
+    try:
+        assert requests.get(f"{url}/info").json()["engine"] is False
+        for seed in range(3):
+            body = {"image": picture(seed), "instruction": WORDS[seed], "previous": np.full(7, 0.01)}
+            answers = [json_numpy.loads(post(address, body).text) for address in (server, url)]
+            np.testing.assert_array_equal(answers[0], answers[1])
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from configurator import fail
+from formats.write_lerobot import write_lerobot
 from formats.write_rlds import VERSION, write_rlds
 
 # The camera
@@ -51,6 +53,7 @@ GRID = np.array([0.025, 0.025, 0.1])  # metres; moves are multiples of it: the f
 NEAR = 0.025  # metres, how exactly above an object it goes down and closes
 
 # Episodes
+FPS = 5  # steps per second, where data says how fast it is; the world has no clock
 MAX_STEPS = 20  # after these an episode has failed
 LARGE_SHARE = 0.15  # share of the disturbances that are large
 LARGE_FACTOR = 8  # times as far as the others, in x and y
@@ -541,6 +544,7 @@ def main():
     parser.add_argument("--noise", type=float, default=STANDARD.noise, help="metres of disturbance (0.012)")
     parser.add_argument("--changed", action="store_true", help="the changed world of toy/transfer.py")
     parser.add_argument("--expert", action="store_true", help="try the expert in 200 unseen scenes instead")
+    parser.add_argument("--lerobot", default="", help="write the demonstrations to this folder, as LeRobot v3, instead")
     parser.add_argument("--gif", default="", help="write a video of the expert to this file instead")
     args = parser.parse_args()
     world = replace(CHANGED if args.changed else STANDARD, noise=args.noise)
@@ -551,6 +555,15 @@ def main():
     if args.expert:
         result = rollout(None, TEST, 200, world)
         print(f"the expert succeeds in {result.success.mean():.1%} of 200 scenes, in {result.steps.mean():.1f} steps")
+        return
+
+    if args.lerobot:
+        episodes = demonstrations(TRAIN, args.episodes, world, args.linger)
+        try:
+            folder = write_lerobot(args.lerobot, episodes, fps=FPS, robot_type="toy")
+        except (ImportError, ValueError, OSError) as error:
+            fail(error)
+        print(f"{args.episodes} demonstrations in {folder}")
         return
 
     if is_written(args.folder, args.name):
