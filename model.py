@@ -665,13 +665,19 @@ class OpenVLA(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, input_ids: Tensor, pixel_values: Tensor, max_new_tokens: int, lengths: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        max_new_tokens: int,
+        lengths: Tensor | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Generate greedily, with a key/value cache. Returns the new tokens (B, n) int64 and the logits that chose them
         (B, n, V). It does not stop at </s>: an action has a fixed number of tokens.
 
         input_ids: (B, T), padded on the right. lengths: (B,) numbers of real tokens; None: all T.
+        choose: logits (B, 1, V) -> tokens (B, 1), instead of the likeliest ones.
         Raises ValueError if the context is too short.
         """
         llama = self.language_model
@@ -699,7 +705,7 @@ class OpenVLA(nn.Module):
         logits = []  # n of (B, 1, V)
         for i in range(max_new_tokens):
             logits.append(llama.lm_head(hidden))
-            tokens.append(logits[-1].argmax(-1))
+            tokens.append(choose(logits[-1]) if choose else logits[-1].argmax(-1))
             if i + 1 < max_new_tokens:
                 x = llama.model.embed_tokens(tokens[-1])  # (B, 1, D)
                 mask = None if lengths is None else visible[:, None, None, : S + i + 1]
