@@ -18,8 +18,6 @@ from image import WHOLE, ImageProcessor
 from model import OpenVLA, OpenVLAConfig
 from policy import Policy, load_policy
 from tokenizer import Tokenizer, make_standin
-from toy import world
-from toy.environment import ToyEnvironment
 from train import write_preparation
 
 STATISTICS = {"coins": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
@@ -204,32 +202,6 @@ def test_an_episode_does_not_depend_on_its_neighbours(base, tmp_path):
     finetune_rl.play(policy, alone, cfg)
     tokens = [[step.tokens.tolist() for step in episode.steps] for episode in (together[3], alone[0])]
     assert tokens[0] == tokens[1]
-
-
-def test_start_states_are_none_of_the_demonstrations_or_of_the_evaluation():
-    environment = ToyEnvironment()
-    environment.reset(range(300))
-    practised = {scene.objects.tobytes() for scene in environment.scenes}
-    assert len(practised) == 300
-    for seed in (world.TRAIN, world.VAL, world.TEST):
-        others = {world.make_scene(seed, i, world.STANDARD).objects.tobytes() for i in range(1000)}
-        assert not practised & others
-    environment.reset([7, 7])
-    first, second = environment.observe([0, 1])
-    assert (first == second).all()
-
-
-def test_the_toy_environment_is_that_of_the_evaluation():
-    """The expert succeeds in it, in as many steps as in toy.world's own rollouts."""
-    environment = ToyEnvironment()
-    environment.reset(range(40))
-    for _ in range(environment.max_steps):
-        active = np.flatnonzero(~environment.success).tolist()
-        if not active:
-            break
-        environment.step(active, environment.expert(active))
-    assert environment.success.mean() >= 0.95
-    assert environment.instructions[0].split()[-1] in world.SHAPES
 
 
 def test_demonstrations_become_steps(base):
