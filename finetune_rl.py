@@ -84,7 +84,7 @@ class Config(finetune_lora.Config):
     rollouts: int = 8  # episodes from each of them
     groups: int = 8  # of rloo: groups with both outcomes that an iteration needs; it draws until it has them,
     most_draws: int = 8  # but at most so often
-    temperature: float = 1.0  # of the sampled actions, in acting and in learning
+    temperature: float = 1.0  # of the sampled actions; of rloo in acting and in learning
 
     # Learning
     epochs: int = 2  # times that an iteration goes through its episodes
@@ -228,13 +228,11 @@ def play(policy: Policy, episodes: list[Episode], cfg: Config):
 def play_together(policy: Policy, episodes: list[Episode], cfg: Config):
     """Play episodes side by side, in steps. Those that have succeeded are left out of the rest."""
     environment = cfg.environment
-    entry = dataset_stats(policy.norm_stats, cfg.unnorm_key, policy.checkpoint)
-    stats = entry["action"]
-    scheme = entry.get("scheme", SCHEME)
-    num_tokens = len(stats["q01"])
-
     environment.reset([episode.start for episode in episodes])
     prompts = [policy.tokenizer.encode_prompt(text) for text in environment.instructions]
+
+    # Random numbers of each episode's own, one for each token of each step.
+    num_tokens = len(action_stats(policy.norm_stats, cfg.unnorm_key, policy.checkpoint)["q01"])
     uniforms = []
     for episode in episodes:
         rng = np.random.default_rng([cfg.seed, episode.start, episode.rollout])
@@ -245,26 +243,47 @@ def play_together(policy: Policy, episodes: list[Episode], cfg: Config):
         if not active:
             break
         images = [prepare_image(policy, image) for image in environment.observe(active)]
-        active_prompts = [prompts[i] for i in active]
-
-        if cfg.method == "clone":
-            actions = environment.expert(active)
-            steps = labelled_steps(images, active_prompts, encode_action(normalize(actions, stats, scheme)))
-        else:
-            numbers = torch.from_numpy(np.stack([uniforms[i][t] for i in active]))  # (n, A)
-            steps = sample_steps(policy, images, active_prompts, numbers, cfg.temperature)
-            actions = unnormalize(decode_action(np.stack([step.tokens for step in steps])), stats, scheme)
-        if cfg.method == "dagger":
-            right = encode_action(normalize(environment.expert(active), stats, scheme))
-            for step, tokens in zip(steps, right, strict=True):
-                step.tokens = tokens
-
+        numbers = torch.from_numpy(np.stack([uniforms[i][t] for i in active]))  # (n, A)
+        steps, actions = answer(policy, active, images, [prompts[i] for i in active], numbers, cfg)
         environment.step(active, actions)
         for i, step in zip(active, steps, strict=True):
             episodes[i].steps.append(step)
 
     for episode, success in zip(episodes, environment.success, strict=True):
         episode.success = bool(success)
+
+
+def answer(
+    policy: Policy,
+    active: list[int],
+    images: list[np.ndarray],
+    prompts: list[list[int]],
+    uniforms: Tensor,
+    cfg: Config,
+) -> tuple[list[Step], np.ndarray]:
+    """
+    Return for each active episode the step to learn from, and the actions to carry out, (n, A) in the robot's units.
+    With rloo these are the same: the policy's own. With dagger the policy acts, and the expert's action is learned.
+    """
+    entry = dataset_stats(policy.norm_stats, cfg.unnorm_key, policy.checkpoint)
+    stats = entry["action"]
+    scheme = entry.get("scheme", SCHEME)
+
+    right_actions = None
+    right_tokens = None
+    if cfg.method != "rloo":
+        right_actions = cfg.environment.expert(active)
+        right_tokens = encode_action(normalize(right_actions, stats, scheme))  # (n, A)
+    if cfg.method == "clone":
+        columns = zip(images, prompts, right_tokens, strict=True)
+        return [Step(image, prompt, tokens) for image, prompt, tokens in columns], right_actions
+
+    steps = sample_steps(policy, images, prompts, uniforms, cfg.temperature)
+    own_tokens = np.stack([step.tokens for step in steps])
+    if cfg.method == "dagger":
+        for step, tokens in zip(steps, right_tokens, strict=True):
+            step.tokens = tokens
+    return steps, unnormalize(decode_action(own_tokens), stats, scheme)
 
 
 def sample_steps(
@@ -283,11 +302,6 @@ def sample_steps(
     entropies = torch.stack(sampler.entropies, dim=1).mean(1).cpu().numpy()  # (B,)
     columns = zip(images, prompts, tokens, logprobs, entropies, strict=True)
     return [Step(image, prompt, answer, old, float(entropy)) for image, prompt, answer, old, entropy in columns]
-
-
-def labelled_steps(images: list[np.ndarray], prompts: list[list[int]], tokens: np.ndarray) -> list[Step]:
-    """Return steps with the right tokens, (B, A)."""
-    return [Step(image, prompt, answer) for image, prompt, answer in zip(images, prompts, tokens, strict=True)]
 
 
 def to_pixels(policy: Policy, images: list[np.ndarray]) -> Tensor:
@@ -398,17 +412,16 @@ def arrange(episodes: list[Episode], first: int, success: Tensor, lengths: Tenso
     return Collected(steps, order, success, lengths, entropies)
 
 
-def is_hopeless(collected: Collected, cfg: Config) -> bool:
+def nothing_is_left(collected: Collected, cfg: Config) -> bool:
     """
-    Return whether there is nothing to learn from any more, because every rollout succeeds. Raises ValueError if there
-    is nothing to learn from yet.
+    True if there is nothing to learn from any more, because every rollout succeeds. Raises ValueError if there is
+    nothing to learn from yet.
     """
     if collected.order:
         return False
-    success = collected.success
-    if success.all():
+    if collected.success.all():
         return True
-    rate = success.mean().item()
+    rate = collected.success.mean().item()
     raise ValueError(
         f"no group with both outcomes in {cfg.most_draws} draws of {cfg.starts} start states x {cfg.rollouts} rollouts "
         f"(success {rate:.1%}); start from a better policy or lower the difficulty, raise --rollouts, or let an expert "
@@ -468,9 +481,11 @@ def losses_of(policy: Policy, steps: list[Step], cfg: Config) -> tuple[Tensor, T
     pixel_values = to_pixels(policy, [step.image for step in steps])
     tokens = torch.from_numpy(np.stack([step.tokens for step in steps]))
     prompts = [step.prompt for step in steps]
-    logprobs = token_logprobs(policy.model, prompts, pixel_values, tokens, cfg.temperature)
-    if cfg.method != "rloo":  # imitation: cross-entropy
+    if cfg.method != "rloo":  # imitation: cross-entropy, at whatever temperature it has acted
+        logprobs = token_logprobs(policy.model, prompts, pixel_values, tokens, temperature=1.0)
         return -logprobs, torch.zeros_like(logprobs)
+
+    logprobs = token_logprobs(policy.model, prompts, pixel_values, tokens, cfg.temperature)
 
     old_logprobs = torch.from_numpy(np.stack([step.logprobs for step in steps])).to(policy.device)
     advantages = torch.tensor([step.advantage for step in steps], dtype=torch.float32, device=policy.device)
@@ -547,7 +562,7 @@ def finetune(cfg: Config) -> dict:
 
         # Act, then learn from it.
         collected = collect(policy, cfg, iteration)
-        if is_hopeless(collected, cfg):
+        if nothing_is_left(collected, cfg):
             if log:
                 log.bar.write(
                     f"all {collected.success.numel()} rollouts succeed: nothing is left to learn from success"

@@ -63,8 +63,8 @@ lr = 1e-3
 batch_size = 16
 micro_batch_size = 8
 image_aug = False
-save_every = 1
-keep_checkpoints = 9
+save_every = 100
+keep_checkpoints = 1
 demo_share = 0.0
 """
 
@@ -227,7 +227,7 @@ def test_batches_leave_no_small_rest():
 
 
 def test_success_rises(base, tmp_path):
-    metrics = finetune(config_of(tmp_path, base, 0.6, "--max_steps", "8", "--lr", "3e-3"))
+    metrics = finetune(config_of(tmp_path, base, 0.6, "--max_steps", "5", "--lr", "5e-3"))
     first = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0]
     assert metrics["success"] > 0.2 + float(first.split('"success": ')[1].split(",")[0])
     assert (tmp_path / "run" / "curves.png").is_file()
@@ -236,7 +236,7 @@ def test_success_rises(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["dagger", "clone"])
 def test_imitation_reaches_the_expert(base, tmp_path, method):
-    finetune(config_of(tmp_path, base, 0.6, "--method", method, "--max_steps", "6", "--lr", "1e-2"))
+    finetune(config_of(tmp_path, base, 0.6, "--method", method, "--max_steps", "4", "--lr", "1e-2"))
     policy = load_policy(tmp_path / "run" / "checkpoint")
     cfg = config_of(tmp_path, base, 0.6)
     episodes = [Episode(start, 0) for start in range(20)]
