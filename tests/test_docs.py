@@ -31,6 +31,7 @@ from toy import world as toy
 PAGES = (
     "README.md",
     "docs/toy-world.md",
+    "docs/leaderboard.md",
     "docs/training.md",
     "docs/openvla-7b.md",
     "docs/lora.md",
