@@ -2,8 +2,8 @@
 Fine-tune a policy on what it does itself: it acts, and learns from which of its episodes succeed (RLOO), or from what
 an expert would have done in its place (DAgger).
 
-    python quickstart.py && python finetune_rl.py --config toy_rl.py --base_checkpoint runs/toy/checkpoint
-    python finetune_rl.py --config toy_dagger.py --base_checkpoint runs/toy/checkpoint
+    python quickstart.py && python finetune_rl.py --config toy_rl.py --base_checkpoint runs/toy/cloned/checkpoint
+    python finetune_rl.py --config toy_dagger.py --base_checkpoint runs/toy/cloned/checkpoint
 
     draw start states, act from each of them G times ------> episodes, and who succeeded
     r - mean r of the other G - 1 episodes from that start -> one advantage for all tokens of the episode
@@ -69,7 +69,7 @@ CURVES = ("success", "loss", "entropy", "mixed", "length")
 
 WHAT_TO_GIVE = (
     "give a config file with an environment, and a trained policy, for example\n"
-    "    python finetune_rl.py --config toy_rl.py --base_checkpoint runs/toy/checkpoint\n"
+    "    python finetune_rl.py --config toy_rl.py --base_checkpoint runs/toy/cloned/checkpoint\n"
     "`python quickstart.py` trains that policy"
 )
 

@@ -1,5 +1,5 @@
 """
-The whole job in a small world, in about five minutes on two CPU cores: demonstrations, training, practice, evaluation.
+The whole job in a small world, in minutes on two CPU cores: demonstrations, training, practice, evaluation.
 
     python quickstart.py
 
@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent
 
 @dataclass
 class Config:
-    episodes: int = 2500  # demonstrations to train on
-    max_steps: int = 450  # training steps on them
-    practice: int = 16  # iterations of practice
+    episodes: int = 4000  # demonstrations to train on
+    max_steps: int = 3000  # training steps on them
+    practice: int = 15  # iterations of practice
     scenes: int = 500  # unseen scenes of the evaluation
     seed: int = 7
 
@@ -38,8 +38,7 @@ def main(cfg: Config):
     run(f"python -m toy.world --folder runs/toy/data --episodes {cfg.episodes}")
 
     # 2. A small OpenVLA learns from it, with the classes, the data path and the loop of the real one.
-    cloning = f"--max_steps {cfg.max_steps} --lr 1e-3 --schedule constant --seed {cfg.seed}"
-    run(f"python train.py --config toy.py {cloning} --run_dir runs/toy/cloned")
+    run(f"python train.py --config toy.py --max_steps {cfg.max_steps} --seed {cfg.seed} --run_dir runs/toy/cloned")
 
     # 3. It practises. The expert says what would have been right in the states that it comes into.
     practice = f"--base_checkpoint runs/toy/cloned/checkpoint --max_steps {cfg.practice} --seed {cfg.seed}"
