@@ -272,11 +272,11 @@ class Log:
     def update_bar(self):
         self.bar.update()
 
-    def write(self, metrics: dict):
-        """Write one line of metrics everywhere."""
+    def write(self, metrics: dict, line: str = ""):
+        """Write one line of metrics everywhere. line: what the terminal shows; "" for that of `format_line`."""
         with open(self.path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
-        self.bar.write(format_line(metrics))
+        self.bar.write(line or format_line(metrics))
         if self.wandb:
             self.wandb.log(metrics, step=metrics["step"])
         if self.tensorboard:
@@ -380,14 +380,14 @@ def plot_actions(path: Path, episodes: list[tuple[np.ndarray, np.ndarray]], labe
     plt.close(figure)
 
 
-def plot_curves(run: Path):
-    """Plot loss, accuracy and L1 over the steps of metrics.jsonl, to curves.png in the run folder."""
+def plot_curves(run: Path, keys: tuple[str, ...] = ("loss", "action_accuracy", "l1_loss")):
+    """Plot the metrics that every line of metrics.jsonl has over its steps, to curves.png in the run folder."""
     plt = import_pyplot()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [metrics for metrics in lines if "loss" in metrics]
     steps = [metrics["step"] for metrics in lines]
 
-    keys = [key for key in ("loss", "action_accuracy", "l1_loss") if all(key in metrics for metrics in lines)]
+    keys = [key for key in keys if all(key in metrics for metrics in lines)]
     figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3.2))
     for axis, key in zip(axes, keys, strict=True):
         axis.plot(steps, [metrics[key] for metrics in lines])

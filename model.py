@@ -703,8 +703,10 @@ class OpenVLA(nn.Module):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """
-        Generate the tokens that a decoder chooses, until it is done. Returns them, (B, n) int64. decoder: GreedyDecoder
-        below, or ChunkDecoder of fast.py. The other arguments, and what it raises: as `generate`.
+        Generate the tokens that a decoder chooses, until it is done. Returns them, (B, n) int64.
+
+        decoder: GreedyDecoder below, ChunkDecoder of fast.py, or Sampler of finetune_rl.py. The other arguments, and
+        what it raises: as `generate`.
         """
         llama = self.language_model
         x = self.embed(input_ids, pixel_values)  # (B, S, D)

@@ -60,6 +60,14 @@ FIXED_ON_RESUME = {
     "use_proprio",
     "head",
     "film",
+    "method",
+    "environment",
+    "starts",
+    "rollouts",
+    "groups",
+    "most_draws",
+    "epochs",
+    "demo_share",
 }
 
 # Options that it may change, and says so.
@@ -74,6 +82,9 @@ REPORTED_ON_RESUME = {
     "grad_clip",
     "bf16",
     "lora_dropout",
+    "temperature",
+    "clip_low",
+    "clip_high",
 }
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)

@@ -31,6 +31,7 @@ from toy import world as toy
 PAGES = (
     "README.md",
     "docs/toy-world.md",
+    "docs/leaderboard.md",
     "docs/training.md",
     "docs/openvla-7b.md",
     "docs/lora.md",
@@ -57,7 +58,7 @@ TRAIN = "--batch_size 2 --micro_batch_size 2 --num_workers 0 --max_steps 2"
 TOY = "--episodes 6 --max_steps 2 --scenes 2"
 LIBERO = "--tasks 0 --num_envs 1"
 SHORT = {  # pattern of a command -> what makes it short
-    "python quickstart.py": TOY,
+    "python quickstart.py": f"{TOY} --practice 1",
     "python -m toy.play --checkpoint runs/toy/checkpoint": "--scenes 2",
     "python -m toy.play --checkpoint runs/toy_longer*": "--scenes 2",
     "python -m toy.world --gif a.gif": "",
@@ -109,8 +110,9 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "pip install --no-deps -r requirements-libero-nodeps.txt": CI,
     "pip install torch==* --index-url *": "gets PyTorch's CPU build from its own index",
     "python -m toy.world --folder runs/toy/data*": INNER,
-    "python train.py --config toy.py --max_steps 3000": INNER,
-    "python -m toy.play --checkpoint runs/toy/checkpoint --out runs/toy --scenes 200": INNER,
+    "python train.py --config toy.py --max_steps 3000*": INNER,
+    "python -m toy.play --checkpoint runs/toy/checkpoint --out runs/toy --scenes 500": INNER,
+    "python finetune_rl.py*": BY_HAND,
     "python -m toy.world --changed*": INNER,
     "python -m toy.play --changed*": INNER,
     "python finetune_lora.py --config toy_lora.py*": INNER,

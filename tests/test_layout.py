@@ -12,6 +12,7 @@ from common import ROOT
 
 import finetune_lora
 import finetune_oft
+import finetune_rl
 import model
 import tokenizer
 import train
@@ -120,7 +121,8 @@ def test_imports_inside_functions_are_of_other_packages():
                         assert alias.name not in MODULES, f"{name}.{function.name} imports {alias.name}"
 
 
-SCRIPTS = ["sample", "train", "policy", "data", "finetune_lora", "finetune_oft", "convert_weights", "eval_libero"]
+SCRIPTS = ["sample", "train", "policy", "data", "finetune_lora", "finetune_oft", "finetune_rl", "convert_weights"]
+SCRIPTS += ["eval_libero"]
 
 
 def test_nothing_heavy_is_imported():
@@ -132,7 +134,9 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_configs_fit_their_script(path):
     text = ast.get_docstring(ast.parse(path.read_text()))
-    script = next(script for script in (finetune_oft, finetune_lora, train) if f" {script.__name__}.py" in text)
+    script = next(
+        script for script in (finetune_rl, finetune_oft, finetune_lora, train) if f" {script.__name__}.py" in text
+    )
     configure(script.Config, ["--config", str(path)])
 
 

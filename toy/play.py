@@ -5,7 +5,7 @@ Let a policy act in the toy world, and count how often it does what it was asked
 
 Three numbers, over the same unseen scenes:
 - how often the policy picks up the object that the instruction names,
-- how often the same model does before training,
+- how often the same model does before training, in the first 100 of them,
 - how often the policy still picks up that object when the instruction names another one. A policy that does not listen
   would not notice the difference.
 
@@ -42,6 +42,7 @@ class Config:
     controls: bool = True  # also an untrained model and swapped instructions, with a video and a plot
 
 
+UNTRAINED_SCENES = 100  # at most, as each takes all steps that an episode may have
 MOVING = {0: "dx (m)", 1: "dy (m)", 2: "dz (m)", 6: "gripper"}  # dimensions of an action that are not always 0
 
 
@@ -62,13 +63,16 @@ def play(policy: Policy, scenes: int, unnorm_key: str = "", open_loop: int = 1, 
 
 
 def evaluate(policy: Policy, scenes: int, out: Path, setting: world.World, unnorm_key: str = "") -> dict[str, float]:
-    """Print and return the three success rates (fractions). Writes a video of eight rollouts and a plot to `out`."""
+    """
+    Print and return the three success rates (fractions), and the 95 % interval of the first. Writes a video of eight
+    rollouts and a plot to `out`.
+    """
     start = time.perf_counter()
     trained = play(policy, scenes, unnorm_key, world=setting, record=8)
     swapped = play(policy, scenes, unnorm_key, world=setting, swap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untrained model generates no actions; they are decoded all the same
-        untrained = play(without_training(policy), scenes, unnorm_key, world=setting)
+        untrained = play(without_training(policy), min(scenes, UNTRAINED_SCENES), unnorm_key, world=setting)
 
     world.save_gif(out / "rollouts.gif", trained.episodes)
     plot_actions(out / "actions.png", compare(policy, setting, unnorm_key), MOVING)
@@ -82,7 +86,9 @@ def evaluate(policy: Policy, scenes: int, out: Path, setting: world.World, unnor
         print_rate(name, success)
     print_rate("success of the other object, when that is named", swapped.other)
     print(f"{trained.steps.mean():.1f} steps on average; {time.perf_counter() - start:.0f} s")
-    return {f"toy/{name}": float(success.mean()) for name, success in rates.items()}
+    low, high = wilson(int(trained.success.sum()), scenes)
+    means = {f"toy/{name}": float(success.mean()) for name, success in rates.items()}
+    return {**means, "toy/success_low": low, "toy/success_high": high}
 
 
 def without_training(policy: Policy) -> Policy:

@@ -62,6 +62,7 @@ LARGE_FACTOR = 8  # times as far as the others, in x and y
 TRAIN = 0
 VAL = 1
 TEST = 2
+PRACTICE = 3  # where a policy learns by acting, see toy/environment.py
 
 RGB = {
     "red": (218, 44, 50),
