@@ -155,6 +155,8 @@ def pick_engine(policy: Policy, name: str) -> Engine | None:
     if name == "off" or (name == "auto" and policy.device.type != "cpu"):
         return None
     try:
+        if policy.fast:
+            raise ValueError("a FAST policy generates chunks, the engine single actions")
         return Engine(policy.model)
     except ValueError as error:  # adapters, or an OFT policy
         if name == "on":

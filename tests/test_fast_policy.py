@@ -292,7 +292,7 @@ def test_sample_prints_each_step(base, policy, tmp_path, capsys):
 
 def test_served(policy):
     cfg = serve.Config()
-    payload = {"images": [IMAGES[0]], "instruction": "go", "unnorm_key": None, "state": None}
+    payload = {"images": [IMAGES[0]], "instruction": "go", "unnorm_key": None, "state": None, "previous": None}
     request = serve.make_request(payload, policy, cfg)
     answers = serve.answer_batch(policy, [request, request], None)
     np.testing.assert_array_equal(answers, ask(policy, [0, 0]))
