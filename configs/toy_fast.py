@@ -3,8 +3,8 @@ The toy world's model learns to answer with eight actions as a few FAST tokens.
 
     python finetune_lora.py --config toy_fast.py
 
-Needs the model of quickstart.py, and the demonstrations of `python -m toy.tokens`, which runs this, the same with bins, and
-configs/toy_oft.py, and compares.
+Needs the model of quickstart.py, and the demonstrations of `python -m toy.tokens`. That script runs this, the same with
+bins, and configs/toy_oft.py, and compares.
 """
 
 data_root_dir = "runs/toy_tokens/data"
