@@ -77,7 +77,7 @@ SHORT = {  # pattern of a command -> what makes it short
     "python -m toy.transfer": TOY,
     "python finetune_oft.py --config libero_oft.py*": TRAIN,
     "python -m toy.chunks": TOY,
-    "python -m toy.tokens": TOY,
+    "python -m toy.tokens*": TOY,
     "python -m toy.play --checkpoint runs/toy_oft*": "--scenes 2",
     "python -m diagnose.look*": "",
     "python eval_libero.py --checkpoint openvla-7b-finetuned*": f"{LIBERO} --trials 0 --max_steps 2",
