@@ -49,6 +49,7 @@ PAGES = (
     "docs/differences.md",
     "docs/design.md",
     "docs/benchmarks.md",
+    "docs/scale.md",
     "docs/log.md",
 )
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
@@ -62,6 +63,7 @@ SHORT = {  # pattern of a command -> what makes it short
     "python -m toy.play --checkpoint runs/toy/checkpoint": "--scenes 2",
     "python -m toy.play --checkpoint runs/toy_longer*": "--scenes 2",
     "python -m toy.world --gif a.gif": "",
+    "python -m bench start*": "--shape tiny --processes 2",
     "python -m toy.world --expert": "",
     "python sample.py --checkpoint runs/toy/checkpoint*": "",
     "python train.py --config toy.py --image_aug*": TRAIN,
