@@ -213,7 +213,7 @@ def test_broken_folder(folder, damage, capsys, monkeypatch):
         (["--instruction", "go " * 2000], "the context has 2048"),
         (["--instruction", "a", "b"], "one instruction for all images, or one for each"),
         (["--dtype", "int8"], "--dtype int8"),
-        (["--checkpoint", ""], "git clone"),
+        (["--checkpoint", ""], "downloads them once"),
     ],
 )
 def test_bad_arguments(folder, change, message, capsys, monkeypatch):
