@@ -716,10 +716,7 @@ def check(cfg: Config):
         "lr": 0,
         "seed": 0,
     }
-    for name, limit in smallest.items():
-        value = getattr(cfg, name)
-        if not limit <= value < float("inf"):
-            raise ValueError(f"--{name} {value}: must be {limit} or more")
+    train.check_at_least(cfg, smallest)
     if cfg.starts * cfg.most_draws > STARTS_OF_ITERATION:
         raise ValueError(
             f"--starts {cfg.starts} --most_draws {cfg.most_draws}: an iteration has {STARTS_OF_ITERATION:,} starts"

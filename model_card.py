@@ -118,31 +118,37 @@ With {THIS_CODE}:
     pip install huggingface_hub
     python sample.py --checkpoint {name} --image camera.jpg --instruction "pick up the cup" --unnorm_key {key}
 """
-    if checkpoint.adapter and base:
+    # The official OpenVLA knows neither the parts that OFT adds nor FAST's tokens: it would answer something else.
+    answers_in_bins = not checkpoint.is_oft and not checkpoint.fast
+    if checkpoint.adapter and base and answers_in_bins:
         repository = parse_hub_name(base)
-        script += f"""
-With the official classes and PEFT, in an environment of github.com/openvla/openvla:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForVision2Seq
-
-model = AutoModelForVision2Seq.from_pretrained("{repository.name}", trust_remote_code=True)
-model = PeftModel.from_pretrained(model, "{name}")
-```
-"""
-    elif not checkpoint.adapter and not checkpoint.quantization:
-        script += f"""
-With the official classes, in an environment of github.com/openvla/openvla (no code is in this repository):
-
-```python
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from transformers import AutoConfig, AutoModelForVision2Seq
-
-AutoConfig.register("openvla", OpenVLAConfig)
-AutoModelForVision2Seq.register(OpenVLAConfig, OpenVLAForActionPrediction)
-model = AutoModelForVision2Seq.from_pretrained("{name}")
-```
-"""
+        lines = (
+            "",
+            "With the official classes and PEFT, in an environment of github.com/openvla/openvla:",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForVision2Seq",
+            "",
+            f'model = AutoModelForVision2Seq.from_pretrained("{repository.name}", trust_remote_code=True)',
+            f'model = PeftModel.from_pretrained(model, "{name}")',
+            "```",
+        )
+        script += "\n".join(lines)
+    elif not checkpoint.adapter and not checkpoint.quantization and answers_in_bins:
+        lines = (
+            "",
+            "With the official classes, in an environment of github.com/openvla/openvla (this repository has no code):",
+            "",
+            "```python",
+            "from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig",
+            "from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction",
+            "from transformers import AutoConfig, AutoModelForVision2Seq",
+            "",
+            'AutoConfig.register("openvla", OpenVLAConfig)',
+            "AutoModelForVision2Seq.register(OpenVLAConfig, OpenVLAForActionPrediction)",
+            f'model = AutoModelForVision2Seq.from_pretrained("{name}")',
+            "```",
+        )
+        script += "\n".join(lines)
     return script.strip()

@@ -154,8 +154,8 @@ class Saver:
         self.published: Future | None = None  # of the checkpoint that is being written
         # The thread must not mix its messages to other processes with those of training.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        # It is meant so that there is one process.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        # The thread warns, too, so this filter stays on.
+        ignore_one_process_warning()
 
     def __enter__(self) -> "Saver":
         return self
@@ -219,6 +219,11 @@ class Saver:
             ) from None
 
 
+def ignore_one_process_warning():
+    """Silence a warning of torch.distributed.checkpoint: that there is one process is meant so."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
 def is_disk_problem(error: BaseException | None, run: Path) -> bool:
     """True if an error, or one that it came from, says that a file could not grow; or if next to nothing is free."""
     if isinstance(error, CheckpointException):
@@ -240,8 +245,7 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     reader.read_metadata()  # first by itself, as dcp.load wraps its error
     try:
         with warnings.catch_warnings():
-            # It is meant so that there is one process.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            ignore_one_process_warning()
             dcp.load(state, storage_reader=reader, planner=DataOnlyPlanner())
     except CheckpointException as error:
         messages = [str(cause) or type(cause).__name__ for cause, _ in error.failures.values()]

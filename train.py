@@ -224,12 +224,12 @@ def fill_base(trainee: Trainee, cfg: Config):
         if is_unused(name, vla.cfg):
             continue
         values = opened[file].get_slice(name)
-        is_copied = True
         if name in layers_in_4_bits:
             layers_in_4_bits[name].fill(values[:])
+            stays_mapped = False
         else:
-            is_copied = not fill(weights[name], values)
-        if is_copied:
+            stays_mapped = fill(weights[name], values)
+        if not stays_mapped:
             # Reading has pulled the file's pages into memory. Opening the file again lets the system drop them.
             opened[file] = safe_open(file, framework="pt")
 
@@ -608,10 +608,7 @@ def check_config(cfg: Config, world: int):
         "val_batches": 1 if cfg.val_every else 0,
         "seed": 0,
     }
-    for key, limit in smallest.items():
-        value = getattr(cfg, key)
-        if not limit <= value < math.inf:
-            raise ValueError(f"--{key} {value}: must be {limit} or more")
+    check_at_least(cfg, smallest)
     for key in ("hold_out", "beta2"):
         value = getattr(cfg, key)
         if not 0 <= value < 1:
@@ -630,6 +627,14 @@ def check_config(cfg: Config, world: int):
         raise ValueError(
             "give --base_checkpoint FOLDER, or a config file with a random_model (--config small.py), not both"
         )
+
+
+def check_at_least(cfg: Config, smallest: dict[str, float]):
+    """Raise ValueError for an option below its smallest value, or one that is infinite or NaN."""
+    for key, limit in smallest.items():
+        value = getattr(cfg, key)
+        if not limit <= value < math.inf:
+            raise ValueError(f"--{key} {value}: must be {limit} or more")
 
 
 def check_writable(run: Path):
