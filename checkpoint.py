@@ -29,7 +29,7 @@ from fast import ACTION_TOKENIZER, FAST, FAST_FOLDER, MAX_VOCAB
 from files import read_json, read_json_object, refuse_special, write_json
 from hub import HUB_PREFIX, OUR_FOLDERS, find_model, is_hub_name
 from image import CROPPED, ImageProcessor
-from model import INDEX, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
+from model import INDEX, LM_HEAD, OpenVLA, OpenVLAConfig, is_unused, read_config, weight_map
 from speed.quantize import use_quantized_layers
 from tokenizer import Tokenizer, prompt_for
 
@@ -282,7 +282,7 @@ def check_tensors(folder: Path, skeleton: OpenVLA) -> dict[str, Path]:
     if missing:
         first = next(iter(missing))
         hint = ""
-        if list(missing) == ["language_model.lm_head.weight"]:
+        if list(missing) == [LM_HEAD]:
             hint = (
                 "; if the model was saved with tie_word_embeddings, save it again with lm_head.weight, a copy of "
                 "model.embed_tokens.weight"

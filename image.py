@@ -314,10 +314,16 @@ def crop(x: np.ndarray, top: float, left: float) -> np.ndarray:
     before, after, column_share = crop_axis(W, np.float32(left))
 
     # First along each row, then from row to row. Rounding differs in the other order.
-    start = x.take(before, axis=2)
-    x = start + (x.take(after, axis=2) - start) * column_share  # (3, H, W)
-    start = x.take(above, axis=1)
-    return start + (x.take(below, axis=1) - start) * row_share[:, None]
+    x = blend(x.take(before, axis=2), x.take(after, axis=2), column_share)
+    return blend(x.take(above, axis=1), x.take(below, axis=1), row_share[:, None])
+
+
+def blend(start: np.ndarray, end: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Return start + (end - start) * share, written into `end`: a new array costs more than the arithmetic."""
+    end -= start
+    end *= share
+    end += start
+    return end
 
 
 def crop_axis(n: int, offset: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -550,7 +556,8 @@ def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     hue = rng.uniform(-0.05, 0.05)
     contrast, saturation = rng.uniform(0.8, 1.2, size=2)
 
-    x = crop(to_unit(image), top, left).clip(0, 1)
+    x = crop(to_unit(image), top, left)
+    x.clip(0, 1, out=x)
     x = jitter(x, brightness, contrast, saturation, hue)
     return from_unit(x)
 
@@ -563,9 +570,13 @@ def jitter(x: np.ndarray, brightness: float, contrast: float, saturation: float,
     hue: is added, in turns of the colour circle.
     """
     f32 = np.float32
-    x = (x + f32(brightness)).clip(0, 1)
+    x = x + f32(brightness)  # a new array, changed in place from here on: more new ones would cost more than this
+    x.clip(0, 1, out=x)
     mean = x.mean(axis=(1, 2), keepdims=True)
-    x = ((x - mean) * f32(contrast) + mean).clip(0, 1)
+    x -= mean
+    x *= f32(contrast)
+    x += mean
+    x.clip(0, 1, out=x)
 
     # To hue, chroma and value (chroma = saturation * value), each (H, W).
     r, g, b = x
@@ -589,4 +600,4 @@ def jitter(x: np.ndarray, brightness: float, contrast: float, saturation: float,
         is_next_turn = k >= 6
         k -= f32(6) * is_next_turn  # 6 or 0: ten times faster than np.where or a modulo
         rgb[channel] = value - chroma * np.minimum(k, f32(4) - k).clip(0, 1)
-    return rgb.clip(0, 1)
+    return rgb.clip(0, 1, out=rgb)

@@ -40,6 +40,7 @@ from progress import no_progress
 
 SHARD_BYTES = 5 * 10**9  # the most that one weight file holds
 INDEX = "model.safetensors.index.json"
+LM_HEAD = "language_model.lm_head.weight"
 PAD_TOKEN_ID = 32000  # the one token that OpenVLA adds to Llama's 32,000
 NUM_ACTION_BINS = 256  # NUM_BINS of tokenizer.py, which this file does not import: it needs no tokenizer
 
@@ -614,6 +615,10 @@ class OpenVLA(nn.Module):
         # many labels it has; so a batch of FAST rows, which have different numbers, may be divided in any way. (Also
         # as in pi0_fast.py of github.com/Physical-Intelligence/openpi.)
         self.rows_count_equally = False
+        # The ids (M,), ascending, that all labels are made of, where the other rows of lm_head are 0 and stay so. Their
+        # logits are then 0, and a training step need not compute them: for a small model that is most of its work.
+        # None: any id may be a label.
+        self.answer_ids: Tensor | None = None
 
     def init_weights(self, seed: int = 0) -> "OpenVLA":
         """
@@ -638,6 +643,10 @@ class OpenVLA(nn.Module):
             else:
                 fan_in = values[0].numel()
                 nn.init.normal_(values, 0, fan_in**-0.5, generator)
+            if name == LM_HEAD and self.answer_ids is not None:
+                is_other = torch.ones(len(values), dtype=torch.bool)
+                is_other[self.answer_ids] = False
+                values[is_other] = 0.0
             yield name, values
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
@@ -652,7 +661,8 @@ class OpenVLA(nn.Module):
 
         With labels (B, T) int64, negative where nothing is trained: return the logits of the trained positions only,
         in reading order, (n, V), and their mean loss. (Logits of all S positions would be most of a step's memory.)
-        Padding is on the right, where causal attention never looks.
+        With `answer_ids` the logits are those of `answer_loss`. Padding is on the right, where causal attention never
+        looks.
         """
         hidden = self.language_model(self.embed(input_ids, pixel_values))  # (B, S, D)
         if labels is None:
@@ -663,6 +673,8 @@ class OpenVLA(nn.Module):
         targets = labels[:, 1:]  # (B, T - 1)
         hidden = hidden[:, -T:-1]  # (B, T - 1, D)
         trained = targets >= 0
+        if self.answer_ids is not None:
+            return self.answer_loss(hidden[trained], targets[trained])
         logits = self.language_model.lm_head(hidden[trained])  # (n, V)
         if not self.rows_count_equally:
             return logits, F.cross_entropy(logits.float(), targets[trained])
@@ -670,13 +682,30 @@ class OpenVLA(nn.Module):
         num_labels = trained.sum(dim=1, keepdim=True).expand_as(trained)[trained]  # (n,): in the row of each
         return logits, (losses / num_labels).sum() / len(labels)
 
+    def answer_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Return the logits (n, M) of `answer_ids`, and the mean cross-entropy over all V ids, of hidden states (n, D) and
+        the ids (n,) that they should predict. The other V - M logits are 0: exp(0) each, so V - M together.
+        """
+        head = self.language_model.lm_head.weight  # (V, D)
+        ids = self.answer_ids.to(hidden.device)
+        logits = F.linear(hidden, head[ids])  # (n, M)
+        log_others = math.log(len(head) - len(ids))
+        others = logits.new_full((len(logits), 1), log_others)
+        all_logits = torch.cat([logits, others], dim=1).float()
+        return logits, F.cross_entropy(all_logits, torch.searchsorted(ids, targets))
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """
         Return the training loss of a batch of data.collate with `pixel_values`, and the ids (n,) that the model
         predicts at the trained positions.
         """
         logits, loss = self(batch["input_ids"], batch["pixel_values"], batch["labels"])
-        return loss, logits.detach().argmax(-1)
+        best, place = logits.detach().max(dim=-1)
+        if self.answer_ids is None:
+            return loss, place
+        answers = self.answer_ids.to(place.device)[place]
+        return loss, torch.where(best > 0, answers, PAD_TOKEN_ID)  # below 0 any of the other ids is more likely
 
     @torch.inference_mode()
     def generate(

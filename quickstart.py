@@ -1,5 +1,5 @@
 """
-The whole job in a small world, in minutes on two CPU cores: demonstrations, training, practice, evaluation.
+The whole job in a small world, in five minutes on two CPU cores: demonstrations, training, practice, evaluation.
 
     python quickstart.py
 
@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent
 
 @dataclass
 class Config:
-    episodes: int = 4000  # demonstrations to train on
+    episodes: int = 12_000  # demonstrations to train on
     max_steps: int = 3000  # training steps on them
-    practice: int = 15  # iterations of practice
+    practice: int = 16  # iterations of practice
     scenes: int = 500  # unseen scenes of the evaluation
     seed: int = 7
 

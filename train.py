@@ -71,7 +71,7 @@ from resume import (
     unlock_run,
 )
 from speed.nf4 import NF4Linear
-from tokenizer import PAD, Tokenizer, make_standin, prompt_for
+from tokenizer import EOS, NUM_BINS, PAD, VOCAB_SIZE, Tokenizer, make_standin, prompt_for
 
 WHAT_TO_GIVE = (
     "give a config file and what it needs, for example\n"
@@ -102,6 +102,7 @@ class Config:
     fast_scale: float = 10.0  # of a FAST that is fitted: the larger, the more exact, and the more tokens
     fast_vocab_size: int = 1024  # at most 2048
     train_parts: str = "full"  # full, frozen_vision, last_layer (of the language model), sandwich (vision + last layer)
+    short_head: bool = False  # from random weights: only rows of lm_head that actions need train, others stay 0
     words: tuple[str, ...] = ()  # that the stand-in tokenizer knows as a whole; it spells all others
 
     # Optimization
@@ -199,6 +200,8 @@ def open_base(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor, dict[str
     tokenizer = Tokenizer(path, prompt_for(config.extra))
     with torch.device("meta"):
         model = OpenVLA(config)
+    if cfg.short_head:
+        model.answer_ids = torch.tensor([EOS, *range(VOCAB_SIZE - NUM_BINS, VOCAB_SIZE)])
     return model, tokenizer, processor, {}
 
 
@@ -627,6 +630,9 @@ def check_config(cfg: Config, world: int):
         raise ValueError(
             "give --base_checkpoint FOLDER, or a config file with a random_model (--config small.py), not both"
         )
+    is_of_bins = cfg.action_tokenizer in ("", "bins")
+    if cfg.short_head and (cfg.base_checkpoint or not is_of_bins):
+        raise ValueError("--short_head is for a model that starts from random weights and answers in bins")
 
 
 def check_at_least(cfg: Config, smallest: dict[str, float]):

@@ -9,7 +9,7 @@ The expert acts in new scenes, disturbed as in the demonstrations. 91 seconds of
 from toy import world
 from toy.environment import ToyEnvironment
 
-environment = ToyEnvironment(noise=world.STANDARD.noise)
+environment = ToyEnvironment(noise=world.STANDARD.noise, detour=world.STANDARD.detour)
 run_dir = "runs/toy_clone"
 image_aug = False
 method = "clone"

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 import convert_weights
 import lora
 from checkpoint import open_checkpoint, read_layout
-from model import INDEX, OpenVLA, OpenVLAConfig
+from model import INDEX, LM_HEAD, OpenVLA, OpenVLAConfig
 from policy import dataset_stats, load_policy, predict_action
 from resume import check_same_base
 from tokenizer import make_standin
 
-LM_HEAD = "language_model.lm_head.weight"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
 SHARD = "model-00001-of-00003.safetensors"
 

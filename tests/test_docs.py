@@ -128,6 +128,8 @@ ELSEWHERE = {  # pattern of a command -> who runs it, or why nobody can
     "python -m toy.delays*": "tests/test_client.py runs its parts",
     "python -m bench drafts*": BY_HAND,
     "python -m bench enlarge*": BY_HAND,
+    "python -m bench index": BY_HAND,
+    "python -m formats.rlds_to_lerobot*": "tests/test_write_lerobot.py",
     "python -m bench data*": BY_HAND,
     "python -m bench infer --checkpoint*": BY_HAND,
     "python -m bench infer --shape 100m --dtype bfloat16*": BY_HAND,

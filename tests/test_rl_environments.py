@@ -17,7 +17,7 @@ from toy.environment import ToyEnvironment
 def test_start_states_are_none_of_the_demonstrations_or_of_the_evaluation():
     environment = ToyEnvironment()
     environment.reset(range(300))
-    practised = {scene.objects.tobytes() for scene in environment.scenes}
+    practised = {run.scene.objects.tobytes() for run in environment.runs}
     assert len(practised) == 300
     for seed in (world.TRAIN, world.VAL, world.TEST):
         others = {world.make_scene(seed, i, world.STANDARD).objects.tobytes() for i in range(1000)}
@@ -105,3 +105,25 @@ def test_libero_has_the_official_limits():
     with pytest.raises(ValueError, match="suite 'libero_goals': must be one of libero_spatial"):
         LiberoEnvironment("libero_goals")
     assert repr(LiberoEnvironment()) == repr(LiberoEnvironment())  # a resumed run compares it
+
+
+def test_toy_detours_lead_the_hand_astray():
+    """With `detour` the first steps do something else than the actions say; later ones do what they say."""
+    straight = ToyEnvironment()
+    astray = ToyEnvironment(detour=1.0)
+    starts = list(range(20))
+    for environment in (straight, astray):
+        environment.reset(starts)
+        for _ in range(environment.max_steps):
+            left = [i for i in starts if not environment.success[i]]
+            if left:
+                environment.step(left, environment.expert(left))
+    assert straight.success.all() and astray.success.mean() > 0.9
+
+    def steps(environment):
+        return sum(run.steps for run in environment.runs)
+
+    assert steps(astray) > steps(straight) + 20
+    again = ToyEnvironment(detour=1.0)
+    again.reset(starts)
+    assert [run.steps_astray for run in again.runs] == [run.steps_astray for run in astray.runs]

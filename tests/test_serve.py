@@ -1,5 +1,6 @@
 """The server: official clients, batches, wrong requests, overload, and an end under load."""
 
+import asyncio
 import io
 import json
 import re
@@ -504,6 +505,27 @@ def test_command_line(folder, capsys):
         with pytest.raises(SystemExit) as end:
             serve.main(configure(serve.Config, argv))
         assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_no_part_of_an_answer_waits_for_the_other():
+    """Connections have TCP_NODELAY. Without it the client's system acknowledges the first part 40 ms later."""
+    listener = serve.open_port(serve.Config(port=free_port()))
+    options = []
+
+    def look(reader, writer):
+        connection = writer.get_extra_info("socket")
+        options.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connect():
+        server = await asyncio.start_server(look, sock=listener)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        await reader.read()
+        writer.close()
+        server.close()
+
+    asyncio.run(connect())
+    assert len(options) == 1 and options[0] != 0
 
 
 def test_a_port_that_is_taken(folder, capsys):

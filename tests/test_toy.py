@@ -55,9 +55,10 @@ def test_a_policy_gets_pictures_and_words():
         return np.zeros((len(texts), 7))
 
     result = toy.rollout(act, toy.TEST, 3, record=1)
-    assert seen == [((3, 224, 224, 3), np.uint8, 3)] * toy.MAX_STEPS
+    assert seen == [((3, toy.SIZE, toy.SIZE, 3), np.uint8, 3)] * toy.MAX_STEPS
     (episode,) = result.episodes
-    assert episode["image"].shape == (toy.MAX_STEPS + 1, 224, 224, 3) and episode["action"].shape == (toy.MAX_STEPS, 7)
+    assert episode["image"].shape == (toy.MAX_STEPS + 1, toy.SIZE, toy.SIZE, 3)
+    assert episode["action"].shape == (toy.MAX_STEPS, 7)
     scene = toy.make_scene(toy.TEST, 0, toy.World())
     assert episode["instruction"] == scene.phrase.format(scene.names[scene.named])
 
@@ -82,6 +83,31 @@ def test_demonstrations_are_good_and_the_same_each_time(dataset):
     actions = np.concatenate([e["action"] for e in again])
     assert set(np.unique(actions[:, 6])) == {0.0, 1.0} and np.abs(actions[:, :3]).max() <= toy.STEP.max() + 1e-6
     assert not actions[:, 3:6].any()
+
+
+def test_several_processes_make_the_same_demonstrations():
+    one = list(toy.demonstrations(toy.TRAIN, 9))
+    two = list(toy.demonstrations(toy.TRAIN, 9, processes=2))
+    for a, b in zip(one, two, strict=True):
+        assert a["instruction"] == b["instruction"]
+        assert all(np.array_equal(a[key], b[key]) for key in ("image", "state", "action"))
+
+
+def test_detours_are_recorded_as_the_expert_sees_them():
+    """Whatever moves the hand at first, the record has what would have been right there; and all ends well."""
+    straight = list(toy.demonstrations(toy.TRAIN, 30, toy.World(noise=0.0, detour=0.0)))
+    astray = list(toy.demonstrations(toy.TRAIN, 30, toy.World(noise=0.0, detour=1.0)))
+    lengths = [np.mean([len(episode["action"]) for episode in episodes]) for episodes in (straight, astray)]
+    assert lengths[1] > lengths[0] + 2
+
+    # An expert who holds nothing, or something else, opens the gripper before it goes on.
+    def opens_again(episode):
+        was_closed = episode["state"][:-1, 6] == 0
+        opens = episode["action"][:-1, 6] == 1
+        return bool((was_closed & opens).any())
+
+    assert not any(opens_again(episode) for episode in straight)
+    assert sum(opens_again(episode) for episode in astray) > 5
 
 
 def test_tfds_opens_the_dataset(dataset):

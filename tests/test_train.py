@@ -24,7 +24,7 @@ from checkpoint import open_checkpoint
 from configurator import configure
 from data import Samples
 from formats import rlds
-from model import OpenVLA
+from model import LM_HEAD, OpenVLA
 from tokenizer import PAD, make_standin
 from toy import world as toy
 
@@ -479,3 +479,61 @@ def test_base_checkpoint_of_another_architecture(config, folders, tmp_path, caps
     with pytest.raises(SystemExit):
         train.main(configure(train.Config, argv))
     assert "tensors are in no weight file" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- rows of the head that actions need
+
+
+def test_short_head_is_the_whole_one(config, tmp_path):
+    """Where the other rows of lm_head are 0, loss, predictions and gradients are those of the whole vocabulary."""
+    train_here(config("run", "--short_head", "True", "--max_steps", "3"))
+    model = OpenVLA.from_pretrained(tmp_path / "run" / "checkpoint", torch.float32)
+    answers = torch.tensor([2, *range(31744, 32000)])
+    is_answer = torch.zeros(32064, dtype=torch.bool)
+    is_answer[answers] = True
+    head = model.language_model.lm_head.weight
+    assert head[is_answer].any(dim=1).all() and not head[~is_answer].any()
+
+    torch.manual_seed(0)
+    input_ids = torch.randint(3, 400, (4, 12))
+    labels = torch.full((4, 12), -100)
+    labels[:, -5:] = answers[torch.randint(0, len(answers), (4, 5))]
+    batch = {"input_ids": input_ids, "labels": labels, "pixel_values": torch.randn(4, 6, 28, 28)}
+    for scale in (1, 0):  # without a logit above 0, an id that is no answer is as likely
+        results = []
+        for answer_ids in (None, answers):
+            with torch.no_grad():
+                head[is_answer] *= scale if answer_ids is None else 1
+            model.answer_ids = answer_ids
+            model.zero_grad()
+            loss, predicted = model.loss(batch)
+            loss.backward()
+            results.append((loss, predicted, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        (loss, predicted, gradients), (short_loss, short_predicted, short_gradients) = results
+
+        assert torch.allclose(loss, short_loss, atol=1e-6)
+        assert torch.equal(is_answer[predicted], is_answer[short_predicted])
+        assert torch.equal(predicted[is_answer[predicted]], short_predicted[is_answer[predicted]])
+        for name, gradient in gradients.items():
+            if name == LM_HEAD:
+                assert not short_gradients[name][~is_answer].any()
+                gradient = gradient * is_answer[:, None]
+            assert torch.allclose(gradient, short_gradients[name], rtol=1e-3, atol=1e-5), name
+    assert not is_answer[predicted].all()
+
+
+def test_short_head_resumes_and_is_sharded(config, tmp_path):
+    """It resumes bit for bit, and two processes make the weights of one."""
+    options = ("--short_head", "True", "--save_every", "3")
+    train_here(config("whole", *options))
+    train_here(config("halves", *options, "--max_steps", "3"))
+    train_here(config("halves", *options))
+    assert same_weights(tmp_path / "whole", tmp_path / "halves")
+
+    finished(run(config("two", *options, "--micro_batch_size", "2"), processes=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_short_head_refuses_what_it_cannot(config, tmp_path):
+    with pytest.raises(ValueError, match="--short_head is for a model that starts from random weights"):
+        train_here(config("run", "--short_head", "True", "--action_tokenizer", "fast", "--action_chunk", "2"))

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from common import GOLDENS, ROOT
 
+from formats import rlds_to_lerobot
 from formats import write_lerobot as W
 from formats.lerobot import LeRobot
+from formats.write_rlds import write_rlds
 from image import decode, encode_jpeg
 from toy import world as toy
 
@@ -40,8 +42,20 @@ def written(tmp_path_factory):
     return W.write_lerobot(tmp_path_factory.mktemp("lerobot") / "mine", episodes(), fps=10)
 
 
-def test_read_back(written):
-    data = LeRobot(written, cameras=("front", "wrist"), hold_out=0.0)
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The same episodes, written as RLDS first."""
+    folder = tmp_path_factory.mktemp("converted")
+    rlds = write_rlds(folder, {"train": episodes()}, name="mine")
+    command = [sys.executable, "-m", "formats.rlds_to_lerobot", "--source", rlds, "--out", folder / "lerobot" / "mine"]
+    subprocess.run([*command, "--fps", "10"], cwd=ROOT, check=True)
+    return folder / "lerobot" / "mine"
+
+
+@pytest.mark.parametrize("made_by", ["written", "converted"])
+def test_read_back(request, made_by):
+    folder = request.getfixturevalue(made_by)
+    data = LeRobot(folder, cameras=("front", "wrist"), hold_out=0.0)
     source = episodes()
     assert len(data) == sum(len(episode["action"]) for episode in source)
     number = 0
@@ -126,3 +140,23 @@ def test_toy_world(tmp_path):
     want = np.concatenate([episode["action"] for episode in toy.demonstrations(toy.TRAIN, 3)])
     found, _ = data.all_actions()
     np.testing.assert_array_equal(found, want)
+
+
+def test_conversion_from_rlds_refuses_what_it_cannot(tmp_path, capsys):
+    rlds = write_rlds(tmp_path, {"train": episodes()}, name="mine")
+
+    def message(**options):
+        with pytest.raises(SystemExit):
+            rlds_to_lerobot.main(
+                rlds_to_lerobot.Config(**{"source": str(rlds), "out": str(tmp_path / "out"), **options})
+            )
+        return capsys.readouterr().err
+
+    assert "give --fps" in message()
+    assert "no split 'test', it has train" in message(fps=10, split="test")
+    assert "give --source" in message(fps=10, out="")
+    assert "dataset_info.json" in message(fps=10, source=str(tmp_path))
+    shard = next(rlds.glob("*.tfrecord*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "mine-train" in message(fps=10)
+    assert not (tmp_path / "out").exists()

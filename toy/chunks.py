@@ -34,7 +34,7 @@ def main(cfg: Config):
     # 1. Demonstrations. No chunk crosses the end of an episode, so episodes go on for a while after success. Nothing
     # disturbs them: nothing that is seen at the start of a chunk tells what will disturb its later steps.
     demonstrations = f"--name toy_chunks --folder runs/toy_oft/data --episodes {cfg.episodes}"
-    run(f"python -m toy.world {demonstrations} --noise 0 --linger 7 --validation 0")
+    run(f"python -m toy.world {demonstrations} --noise 0 --detour 0 --linger 7 --validation 0")
 
     # 2. Training.
     run(f"python finetune_oft.py --config toy_oft.py --max_steps {cfg.max_steps}")

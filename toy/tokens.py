@@ -57,7 +57,7 @@ def main(cfg: Config):
 
     # 1. Demonstrations without disturbances, that go on after success: no chunk crosses the end of an episode.
     demonstrations = f"--name toy_chunks --folder {OUT}/data --episodes {cfg.episodes}"
-    run(f"python -m toy.world {demonstrations} --noise 0 --linger 7 --validation 0")
+    run(f"python -m toy.world {demonstrations} --noise 0 --detour 0 --linger 7 --validation 0")
 
     # 2. Training.
     for name, command in COMMANDS.items():

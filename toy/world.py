@@ -8,26 +8,31 @@ A small world to learn in: a table seen from above with three objects on it, and
 Actions are those of Bridge V2: (dx, dy, dz, droll, dpitch, dyaw) in metres and radians, and a gripper that is 1 for
 open and 0 for closed. Nothing rotates here. x points right, y away from you, z up. All count from the table's middle.
 
-The expert is disturbed, so that the demonstrations show how to recover (DART, https://arxiv.org/abs/1703.09327).
+The expert is disturbed and led astray, so that the demonstrations show how to recover (DART,
+https://arxiv.org/abs/1703.09327).
 
 Axes: n scenes, K = 3 objects, T steps of an episode.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from configurator import fail
+from formats.workers import serve_main_process
 from formats.write_lerobot import write_lerobot
 from formats.write_rlds import VERSION, write_rlds
 
 # The camera
-SIZE = 224  # pixels along an edge of the image
+SIZE = 112  # pixels along an edge of the image
 VIEW = 0.3  # metres of the table along an edge of the image
 SCALE = SIZE / VIEW  # pixels per metre
 
@@ -57,6 +62,9 @@ FPS = 5  # steps per second, where data says how fast it is; the world has no cl
 MAX_STEPS = 20  # after these an episode has failed
 LARGE_SHARE = 0.15  # share of the disturbances that are large
 LARGE_FACTOR = 8  # times as far as the others, in x and y
+LONGEST_DETOUR = 6  # steps
+OPEN_SHARE = 0.7  # share of the steps of a random detour that open the gripper
+EPISODES_AHEAD = 64  # that several processes make before the next ones begin
 
 # Seeds; no two have a scene in common
 TRAIN = 0
@@ -97,6 +105,7 @@ class World:
     turns: int = 0  # quarter turns of the camera, anticlockwise
     open_value: float = 1.0  # of the gripper's action; one minus it closes
     noise: float = 0.012  # metres, spread of what demonstrations do around what they record
+    detour: float = 0.25  # share of the demonstrations in which the hand is led astray first
     tidy: float = 0.4  # share of the demonstrations in which each colour has its place: a first hold for words
 
 
@@ -282,7 +291,7 @@ def paste(
 
 
 def draw(scene: Scene, world: World) -> np.ndarray:
-    """Return the camera's image, (224, 224, 3) uint8."""
+    """Return the camera's image, (112, 112, 3) uint8."""
     camera = scene.gripper if world.follows else np.zeros(3)
     left, top = to_pixel(camera)
     image = background(world.table).crop((left, top, left + SIZE, top + SIZE))
@@ -369,6 +378,8 @@ class Run:
     goal: int  # the object that the instruction asks for
     instruction: str
     is_recorded: bool
+    steps_astray: int = 0  # at the beginning, in which another hand than `act`'s is at work
+    is_random: bool = False  # that hand moves at random; else it is an expert who wants another object
     plan: list[np.ndarray] = field(default_factory=list)  # actions (7,) that are still to be carried out
     steps: int = 0
     steps_done: int = 0  # those that ended with the goal picked up
@@ -414,6 +425,7 @@ def rollout(
     record: int = 0,
     first: int = 0,
     noise: float = 0.0,
+    detour: float = 0.0,
     linger: int = 0,
     tidy: bool = False,
     turn: int = 0,
@@ -421,12 +433,13 @@ def rollout(
     """
     Act in the scenes first ... first + n - 1 of `seed`, all at once, until they are done or MAX_STEPS have passed.
 
-    act: takes images (n, 224, 224, 3) uint8 and n instructions. Returns actions (n, 7) in metres, radians and the
+    act: takes images (n, 112, 112, 3) uint8 and n instructions. Returns actions (n, 7) in metres, radians and the
         world's gripper values; or chunks (n, K, 7), which are carried out before it is asked again. None: the expert.
     swap: the instruction names another object of the scene, and a scene is done when that one is picked up.
-    record: the first so many come back as episodes, which are dicts of image (T + 1, 224, 224, 3) uint8, state and
+    record: the first so many come back as episodes, which are dicts of image (T + 1, 112, 112, 3) uint8, state and
         action (T, 7) float32, and instruction.
     noise: metres, spread of what is done around what `act` says. The record has what `act` says.
+    detour: share of the scenes in which something else is done at first. The record has what `act` says.
     linger: steps that a scene goes on after it is done.
     tidy, turn: see `make_scene`.
     """
@@ -436,6 +449,9 @@ def rollout(
         goal = scene.other if swap else scene.named
         runs.append(Run(scene, goal, scene.instruction(goal), is_recorded=i < record))
     rng = np.random.default_rng([seed, first, n])  # of the disturbances
+    if detour:
+        for run in runs:
+            plan_detour(run, detour, rng)
 
     for _ in range(MAX_STEPS):
         active = [run for run in runs if run.steps_done <= linger]
@@ -447,6 +463,8 @@ def rollout(
             action = run.plan.pop(0)
             if run.is_recorded:
                 run.record(action)
+            if run.steps < run.steps_astray:
+                action = lead_astray(run, world, rng)
             step(run.scene, action + disturbance(noise, rng), world)
             run.steps += 1
             if run.scene.is_done(run.goal):
@@ -489,24 +507,67 @@ def disturbance(noise: float, rng: np.random.Generator) -> np.ndarray:
     return np.pad(shift, (0, 4))
 
 
-def demonstrations(seed: int, n: int, world: World = STANDARD, linger: int = 0) -> Iterator[dict]:
+def plan_detour(run: Run, share: float, rng: np.random.Generator):
+    """Decide whether the hand is led astray, for how long, and by whom."""
+    is_led = rng.random() < share
+    run.is_random = rng.random() < 0.5
+    steps = int(rng.integers(1, LONGEST_DETOUR + 1))
+    run.steps_astray = steps if is_led else 0
+
+
+def lead_astray(run: Run, world: World, rng: np.random.Generator) -> np.ndarray:
+    """Return what is done on a detour, (7,)."""
+    if not run.is_random:
+        other = (run.goal + 1) % len(run.scene.names)
+        return expert(run.scene, other, world)
+    opens = rng.random() < OPEN_SHARE
+    gripper = world.open_value if opens else 1 - world.open_value
+    return np.array([*rng.uniform(-STEP, STEP), 0, 0, 0, gripper])
+
+
+def demonstrations(seed: int, n: int, world: World = STANDARD, linger: int = 0, processes: int = 1) -> Iterator[dict]:
     """
-    Yield n successful episodes of the expert, as `rollout` records them. Noise is added to its actions, so that the
-    data shows how to recover. linger: steps that an episode goes on after success.
+    Yield n successful episodes of the expert, as `rollout` records them. The hand is disturbed and led astray, and the
+    record has what the expert says to that: so the data shows how to recover. linger: steps that an episode goes on
+    after success. The episodes are the same with any number of processes.
     """
-    number = 0
+    make = partial(demonstrate, seed, world, linger)
+    episodes = map(make, count()) if processes == 1 else make_together(make, processes)
     made = 0
-    while made < n:
-        # Each scene comes three times, once for each object: only the instruction tells the three apart.
-        index, turn = divmod(number, 3)
-        tidy = index % 100 < 100 * world.tidy
-        result = rollout(
-            None, seed, 1, world, record=1, first=index, noise=world.noise, linger=linger, tidy=tidy, turn=turn
-        )
-        number += 1
-        if result.success[0]:
+    for episode in episodes:
+        if made == n:
+            return
+        if episode is not None:
             made += 1
-            yield result.episodes[0]
+            yield episode
+
+
+def demonstrate(seed: int, world: World, linger: int, number: int) -> dict | None:
+    """Return the expert's episode of that number, or None if it has not succeeded."""
+    # Each scene comes three times, once for each object: only the instruction tells the three apart.
+    index, turn = divmod(number, 3)
+    tidy = index % 100 < 100 * world.tidy
+    result = rollout(
+        None,
+        seed,
+        1,
+        world,
+        record=1,
+        first=index,
+        noise=world.noise,
+        detour=world.detour,
+        linger=linger,
+        tidy=tidy,
+        turn=turn,
+    )
+    return result.episodes[0] if result.success[0] else None
+
+
+def make_together(make: Callable[[int], dict | None], processes: int) -> Iterator[dict | None]:
+    """Yield make(0), make(1), ... without an end, made by several processes."""
+    with ProcessPoolExecutor(processes, initializer=serve_main_process) as pool:
+        for start in count(0, EPISODES_AHEAD):
+            yield from pool.map(make, range(start, start + EPISODES_AHEAD), chunksize=8)
 
 
 # -----------------------------------------------------------------------------
@@ -543,12 +604,13 @@ def main():
     parser.add_argument("--validation", type=int, default=20, help="further ones, for validation (20)")
     parser.add_argument("--linger", type=int, default=0, help="steps that an episode goes on after success (0)")
     parser.add_argument("--noise", type=float, default=STANDARD.noise, help="metres of disturbance (0.012)")
+    parser.add_argument("--detour", type=float, default=STANDARD.detour, help="share that is led astray first (0.25)")
     parser.add_argument("--changed", action="store_true", help="the changed world of toy/transfer.py")
     parser.add_argument("--expert", action="store_true", help="try the expert in 200 unseen scenes instead")
     parser.add_argument("--lerobot", default="", help="write the demonstrations to this folder, as LeRobot v3, instead")
     parser.add_argument("--gif", default="", help="write a video of the expert to this file instead")
     args = parser.parse_args()
-    world = replace(CHANGED if args.changed else STANDARD, noise=args.noise)
+    world = replace(CHANGED if args.changed else STANDARD, noise=args.noise, detour=args.detour)
 
     if args.gif:
         save_gif(args.gif, rollout(None, TEST, 4, world, record=4).episodes)
@@ -570,7 +632,8 @@ def main():
     if is_written(args.folder, args.name):
         print(f"{Path(args.folder) / args.name} is there already; remove it to make other demonstrations")
         return
-    splits = {"train": demonstrations(TRAIN, args.episodes, world, args.linger)}
+    processes = os.cpu_count() or 1
+    splits = {"train": demonstrations(TRAIN, args.episodes, world, args.linger, processes)}
     if args.validation:
         splits["val"] = demonstrations(VAL, args.validation, world, args.linger)
     folder = write_rlds(args.folder, splits, args.name)
