@@ -23,6 +23,7 @@ Axes: B batch, T text tokens, S = patches + T, n tokens of an action, w tokens i
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -60,7 +61,8 @@ class Engine:
         self.actions_only = actions_only
 
         weight = model.language_model.lm_head.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        if is_float32_on_cpu and torch.backends.mkldnn.is_available() and not is_intel_cpu():
             use_onednn(self.model)
         if compile:
             for block in self.model.transformer_blocks():
@@ -297,7 +299,7 @@ def copy_modules(model: OpenVLA) -> OpenVLA:
 class OneDNNLinear(nn.Module):
     """
     A linear layer in float32, multiplied by oneDNN, over the same weights as `linear`. PyTorch itself uses MKL, which
-    is half as fast on an AMD CPU.
+    is half as fast on an AMD CPU (and a tenth faster on an Intel one).
     """
 
     def __init__(self, linear: nn.Linear):
@@ -307,6 +309,12 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def is_intel_cpu() -> bool:
+    """True on Linux with a CPU of Intel, the maker of MKL."""
+    path = Path("/proc/cpuinfo")
+    return path.exists() and "GenuineIntel" in path.read_text()
 
 
 def use_onednn(model: OpenVLA):

@@ -13,6 +13,7 @@ from lora import add_lora
 from model import OpenVLA
 from policy import load_policy, pick_engine, predict_action, predict_chunk
 from speed import engine as engine_module
+from speed import engine as engines
 from speed.engine import Engine, OneDNNLinear
 from tokenizer import NUM_BINS, VOCAB_SIZE, is_action_id, make_standin
 
@@ -39,10 +40,12 @@ def drafts_for(tokens: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     return dict(right=tokens, wrong=wrong, partly=partly, of_another=tokens.roll(1, 0), random=wrong.roll(3, 1))
 
 
-def test_greedy_whatever_the_draft(model):
-    """1,000 random prompts and pictures, in batches of mixed lengths."""
+@pytest.mark.parametrize("is_intel", [False, True])
+def test_greedy_whatever_the_draft(model, monkeypatch, is_intel):
+    """1,000 random prompts and pictures, in batches of mixed lengths; half of them as an Intel CPU multiplies."""
+    monkeypatch.setattr(engines, "is_intel_cpu", lambda: is_intel)
     engine = Engine(model)
-    for seed in range(50):
+    for seed in range(is_intel, 50, 2):
         ids, pixels, lengths = random_inputs(seed, 20)
         want = model.generate(ids, pixels, N, lengths)[0]
         name, draft = list(drafts_for(want, seed).items())[seed % 5]
@@ -55,9 +58,12 @@ def test_greedy_whatever_the_draft(model):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs PyTorch with oneDNN")
-def test_the_model_stays_as_it_is(model):
-    """The engine has modules of its own, over the same weights."""
+def test_the_model_stays_as_it_is(model, monkeypatch):
+    """The engine has modules of its own, over the same weights. MKL is as fast as can be on the CPUs of its maker."""
     head = model.language_model.lm_head
+    monkeypatch.setattr(engines, "is_intel_cpu", lambda: True)
+    assert type(Engine(model).model.language_model.lm_head) is nn.Linear
+    monkeypatch.setattr(engines, "is_intel_cpu", lambda: False)
     faster_head = Engine(model).model.language_model.lm_head
     assert type(faster_head) is OneDNNLinear and type(head) is nn.Linear
     assert faster_head.weight is head.weight
