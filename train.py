@@ -632,7 +632,9 @@ def check_config(cfg: Config, world: int):
         )
     is_of_bins = cfg.action_tokenizer in ("", "bins")
     if cfg.short_head and (cfg.base_checkpoint or not is_of_bins):
-        raise ValueError("--short_head is for a model that starts from random weights and answers in bins")
+        raise ValueError(
+            "--short_head is for a model that starts from random weights and answers in bins; add --short_head False"
+        )
 
 
 def check_at_least(cfg: Config, smallest: dict[str, float]):
