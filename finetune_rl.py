@@ -59,10 +59,18 @@ from resume import (
     remove_leftovers,
     unlock_run,
 )
-from tokenizer import NUM_BINS, PAD, VOCAB_SIZE, decode_action, encode_action, is_action_id, pad_sequences
+from tokenizer import (
+    FIRST_ACTION_ID,
+    NUM_BINS,
+    PAD,
+    VOCAB_SIZE,
+    decode_action,
+    encode_action,
+    is_action_id,
+    pad_sequences,
+)
 from train import Trainee, build_optimizer, catch_signals, get_lr, restore_signals
 
-FIRST_ACTION_ID = VOCAB_SIZE - NUM_BINS  # action ids are this one and those above it
 STARTS_OF_ITERATION = 10**6  # numbers of start states that belong to one iteration; it uses the first of them
 METHODS = ("rloo", "dagger", "clone")
 CURVES = ("success", "loss", "entropy", "mixed", "length")

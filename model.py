@@ -617,7 +617,7 @@ class OpenVLA(nn.Module):
         self.rows_count_equally = False
         # The ids (M,), ascending, that all labels are made of, where the other rows of lm_head are 0 and stay so. Their
         # logits are then 0, and a training step need not compute them: for a small model that is most of its work.
-        # None: any id may be a label.
+        # None: any id may be a label. Each label counts the same; rows_count_equally is not looked at.
         self.answer_ids: Tensor | None = None
 
     def init_weights(self, seed: int = 0) -> "OpenVLA":
@@ -685,10 +685,15 @@ class OpenVLA(nn.Module):
     def answer_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """
         Return the logits (n, M) of `answer_ids`, and the mean cross-entropy over all V ids, of hidden states (n, D) and
-        the ids (n,) that they should predict. The other V - M logits are 0: exp(0) each, so V - M together.
+        the ids (n,) that they should predict. The other V - M logits are 0: exp(0) each, so V - M together. Raises
+        ValueError for a label that is none of `answer_ids`.
         """
         head = self.language_model.lm_head.weight  # (V, D)
         ids = self.answer_ids.to(hidden.device)
+        is_known = torch.isin(targets, ids)
+        if not is_known.all():
+            raise ValueError(f"label {targets[~is_known][0].item()} is none of the {len(ids)} answer_ids")
+
         logits = F.linear(hidden, head[ids])  # (n, M)
         log_others = math.log(len(head) - len(ids))
         others = logits.new_full((len(logits), 1), log_others)

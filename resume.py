@@ -46,6 +46,7 @@ FIXED_ON_RESUME = {
     "image_aug",
     "random_model",
     "train_parts",
+    "short_head",
     "batch_size",
     "seed",
     "lora_rank",

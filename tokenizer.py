@@ -32,6 +32,7 @@ SPECIAL_TOKENS = {"<unk>": UNK, "<s>": BOS, "</s>": EOS, "<PAD>": PAD}
 BLANK = 29871  # the piece of a lone blank; stands between "Out:" and the action
 VOCAB_SIZE = 32000  # Llama's own pieces; embeddings have 32064 rows, but actions count down from here
 NUM_BINS = 256  # bin edges; there are 255 bins between them
+FIRST_ACTION_ID = VOCAB_SIZE - NUM_BINS  # action ids are this one and those above it
 IGNORE_INDEX = -100  # label of a position that is not trained on, as in torch.nn.functional.cross_entropy
 
 EDGES = np.linspace(-1.0, 1.0, NUM_BINS)  # float64: float32 edges would put 127 of them into the wrong bin
@@ -280,4 +281,4 @@ def decode_action(ids):
 
 def is_action_id(ids):
     """Return True where an id is one of the 256 that encode an action."""
-    return (ids >= VOCAB_SIZE - NUM_BINS) & (ids < VOCAB_SIZE)
+    return (ids >= FIRST_ACTION_ID) & (ids < VOCAB_SIZE)

@@ -71,7 +71,7 @@ from resume import (
     unlock_run,
 )
 from speed.nf4 import NF4Linear
-from tokenizer import EOS, NUM_BINS, PAD, VOCAB_SIZE, Tokenizer, make_standin, prompt_for
+from tokenizer import EOS, FIRST_ACTION_ID, PAD, VOCAB_SIZE, Tokenizer, make_standin, prompt_for
 
 WHAT_TO_GIVE = (
     "give a config file and what it needs, for example\n"
@@ -201,7 +201,7 @@ def open_base(cfg: Config) -> tuple[OpenVLA, Tokenizer, ImageProcessor, dict[str
     with torch.device("meta"):
         model = OpenVLA(config)
     if cfg.short_head:
-        model.answer_ids = torch.tensor([EOS, *range(VOCAB_SIZE - NUM_BINS, VOCAB_SIZE)])
+        model.answer_ids = torch.tensor([EOS, *range(FIRST_ACTION_ID, VOCAB_SIZE)])
     return model, tokenizer, processor, {}
 
 

@@ -14,7 +14,7 @@ from bench.inputs import NUM_TOKENS, Input, answer_inputs, make_inputs, to_token
 from normalize import normalize, unnormalize
 from policy import action_stats, load_policy, pick_device
 from speed.engine import Engine
-from tokenizer import NUM_BINS, VOCAB_SIZE, decode_action
+from tokenizer import FIRST_ACTION_ID, VOCAB_SIZE, decode_action
 
 
 def bench_drafts(cfg: Config):
@@ -54,7 +54,7 @@ def straight_on(one: Input, last: Tensor) -> Tensor:
     if one.previous is None or one.previous.previous is None:
         return last
     before_last = one.previous.previous.tokens
-    return (2 * last - before_last).clamp(VOCAB_SIZE - NUM_BINS, VOCAB_SIZE - 1)
+    return (2 * last - before_last).clamp(FIRST_ACTION_ID, VOCAB_SIZE - 1)
 
 
 def bench_agree(cfg: Config):

@@ -83,7 +83,7 @@ def main(cfg: Config):
     if not cfg.source or not cfg.out:
         fail("give --source, the folder of an RLDS dataset, and --out, the folder for the LeRobot dataset")
     if not cfg.fps > 0:
-        fail("give --fps, the steps per second of the robot: 20 in LIBERO, 5 in BridgeData V2")
+        fail(f"--fps {cfg.fps:g}: give the steps per second of the robot: 20 in LIBERO, 5 in BridgeData V2")
     try:
         episodes = read_episodes(Path(cfg.source), cfg.split)
         print(write_lerobot(cfg.out, episodes, cfg.fps, cfg.robot_type))

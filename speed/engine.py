@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import OpenVLA
-from tokenizer import NUM_BINS, PAD, VOCAB_SIZE
+from tokenizer import FIRST_ACTION_ID, PAD, VOCAB_SIZE
 
 PROMPT_MULTIPLE = 16  # recorded passes have fixed shapes: prompts are padded to a multiple of this
 MIN_WEIGHTS_ONEDNN = 2**17  # from so many weights in a layer on, oneDNN is the faster one
-FIRST_ACTION_ID = VOCAB_SIZE - NUM_BINS
 NOT_FINITE = 0  # in place of a token whose logits are not finite: the id of <unk>, which no model learns to generate
 
 

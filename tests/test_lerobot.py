@@ -438,7 +438,8 @@ def test_standardize_gripper_and_absolute(folders):
     assert flipped.absolute_mask == (False, True) and flipped.statistics["action"]["mask"] == [True, False]
     joints = LeRobot(folder, gripper=False, absolute=True)
     assert joints.absolute_mask == (True,) * 3 and joints.statistics["action"]["mask"] == [True] * 3
-    pickle.loads(pickle.dumps(flipped))  # although a lambda made it
+    sent = pickle.loads(pickle.dumps(flipped))  # as to a worker process, although a lambda made it
+    np.testing.assert_array_equal(sent[7]["actions"], flipped[7]["actions"])
 
 
 def test_mixture_and_workers(folders, tmp_path):

@@ -521,6 +521,10 @@ def test_short_head_is_the_whole_one(config, tmp_path):
             assert torch.allclose(gradient, short_gradients[name], rtol=1e-3, atol=1e-5), name
     assert not is_answer[predicted].all()
 
+    labels[0, -1] = 400
+    with pytest.raises(ValueError, match="label 400 is none of the 257 answer_ids"):
+        model.loss(batch)
+
 
 def test_short_head_resumes_and_is_sharded(config, tmp_path):
     """It resumes bit for bit, and two processes make the weights of one."""
@@ -529,6 +533,8 @@ def test_short_head_resumes_and_is_sharded(config, tmp_path):
     train_here(config("halves", *options, "--max_steps", "3"))
     train_here(config("halves", *options))
     assert same_weights(tmp_path / "whole", tmp_path / "halves")
+    with pytest.raises(ValueError, match="trained with short_head True, now it is False"):
+        train_here(config("halves", "--max_steps", "9"))
 
     finished(run(config("two", *options, "--micro_batch_size", "2"), processes=2))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)

@@ -152,7 +152,7 @@ def test_conversion_from_rlds_refuses_what_it_cannot(tmp_path, capsys):
             )
         return capsys.readouterr().err
 
-    assert "give --fps" in message()
+    assert "--fps 0: give the steps per second" in message()
     assert "no split 'test', it has train" in message(fps=10, split="test")
     assert "give --source" in message(fps=10, out="")
     assert "dataset_info.json" in message(fps=10, source=str(tmp_path))

@@ -3,7 +3,7 @@ The toy world as finetune_rl.py plays in it: many scenes at once, in one process
 
     environment = ToyEnvironment()
     environment.reset([0, 1, 2])                        # three scenes, by their numbers
-    images = environment.observe([0, 1, 2])             # of each (112, 112, 3) uint8
+    images = environment.observe([0, 1, 2])             # of each (SIZE, SIZE, 3) uint8
     environment.step([0, 1, 2], actions)                # (3, 7), in metres and radians
     environment.success                                 # (3,) bool
 
@@ -52,7 +52,7 @@ class ToyEnvironment:
         return np.array([run.scene.is_done(run.goal) for run in self.runs], bool)
 
     def observe(self, episodes: Sequence[int]) -> list[np.ndarray]:
-        """Return what the camera sees in these episodes, (112, 112, 3) uint8 each."""
+        """Return what the camera sees in these episodes, (SIZE, SIZE, 3) uint8 each."""
         return [world.draw(self.runs[i].scene, self.setting) for i in episodes]
 
     def step(self, episodes: Sequence[int], actions: np.ndarray):

@@ -63,6 +63,7 @@ MAX_STEPS = 20  # after these an episode has failed
 LARGE_SHARE = 0.15  # share of the disturbances that are large
 LARGE_FACTOR = 8  # times as far as the others, in x and y
 LONGEST_DETOUR = 6  # steps
+RANDOM_SHARE = 0.5  # share of the detours that are random; on the others an expert wants another object
 OPEN_SHARE = 0.7  # share of the steps of a random detour that open the gripper
 EPISODES_AHEAD = 64  # that several processes make before the next ones begin
 
@@ -291,7 +292,7 @@ def paste(
 
 
 def draw(scene: Scene, world: World) -> np.ndarray:
-    """Return the camera's image, (112, 112, 3) uint8."""
+    """Return the camera's image, (SIZE, SIZE, 3) uint8."""
     camera = scene.gripper if world.follows else np.zeros(3)
     left, top = to_pixel(camera)
     image = background(world.table).crop((left, top, left + SIZE, top + SIZE))
@@ -433,10 +434,10 @@ def rollout(
     """
     Act in the scenes first ... first + n - 1 of `seed`, all at once, until they are done or MAX_STEPS have passed.
 
-    act: takes images (n, 112, 112, 3) uint8 and n instructions. Returns actions (n, 7) in metres, radians and the
+    act: takes images (n, SIZE, SIZE, 3) uint8 and n instructions. Returns actions (n, 7) in metres, radians and the
         world's gripper values; or chunks (n, K, 7), which are carried out before it is asked again. None: the expert.
     swap: the instruction names another object of the scene, and a scene is done when that one is picked up.
-    record: the first so many come back as episodes, which are dicts of image (T + 1, 112, 112, 3) uint8, state and
+    record: the first so many come back as episodes, which are dicts of image (T + 1, SIZE, SIZE, 3) uint8, state and
         action (T, 7) float32, and instruction.
     noise: metres, spread of what is done around what `act` says. The record has what `act` says.
     detour: share of the scenes in which something else is done at first. The record has what `act` says.
@@ -510,14 +511,15 @@ def disturbance(noise: float, rng: np.random.Generator) -> np.ndarray:
 def plan_detour(run: Run, share: float, rng: np.random.Generator):
     """Decide whether the hand is led astray, for how long, and by whom."""
     is_led = rng.random() < share
-    run.is_random = rng.random() < 0.5
+    run.is_random = rng.random() < RANDOM_SHARE
     steps = int(rng.integers(1, LONGEST_DETOUR + 1))
-    run.steps_astray = steps if is_led else 0
+    if is_led:
+        run.steps_astray = steps
 
 
 def lead_astray(run: Run, world: World, rng: np.random.Generator) -> np.ndarray:
     """Return what is done on a detour, (7,)."""
-    if not run.is_random:
+    if not run.is_random:  # another expert, who wants the next object
         other = (run.goal + 1) % len(run.scene.names)
         return expert(run.scene, other, world)
     opens = rng.random() < OPEN_SHARE
@@ -603,8 +605,10 @@ def main():
     parser.add_argument("--episodes", type=int, default=2000, help="demonstrations to train on (2000)")
     parser.add_argument("--validation", type=int, default=20, help="further ones, for validation (20)")
     parser.add_argument("--linger", type=int, default=0, help="steps that an episode goes on after success (0)")
-    parser.add_argument("--noise", type=float, default=STANDARD.noise, help="metres of disturbance (0.012)")
-    parser.add_argument("--detour", type=float, default=STANDARD.detour, help="share that is led astray first (0.25)")
+    parser.add_argument("--noise", type=float, default=STANDARD.noise, help=f"metres of disturbance ({STANDARD.noise})")
+    parser.add_argument(
+        "--detour", type=float, default=STANDARD.detour, help=f"share led astray first ({STANDARD.detour})"
+    )
     parser.add_argument("--changed", action="store_true", help="the changed world of toy/transfer.py")
     parser.add_argument("--expert", action="store_true", help="try the expert in 200 unseen scenes instead")
     parser.add_argument("--lerobot", default="", help="write the demonstrations to this folder, as LeRobot v3, instead")
